@@ -1,0 +1,31 @@
+"""PyTorch backend of crcore: quantization-aware training with consistency regularization, in your own training loop.
+
+student = crt.prepare(net, recipe)
+teacher = crt.Teacher(student, recipe.ema)
+consistency = crt.ConsistencyLoss(recipe.consistency)
+optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+teacher.follow(optimizer)                          # updates after every optimizer.step()
+for x, y in loader:
+    logits = student(augment(x))
+    loss = F.cross_entropy(logits, y) + consistency(logits, teacher(augment(x)), step=teacher.step)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+crt.convert(teacher)                               # integers, scales, zero points
+"""
+
+from crcore_torch._convert import IntegerWeight as IntegerWeight
+from crcore_torch._convert import convert as convert
+from crcore_torch._fake_quantize import FakeQuantize as FakeQuantize
+from crcore_torch._loss import ConsistencyLoss as ConsistencyLoss
+from crcore_torch._optim import parameter_groups as parameter_groups
+from crcore_torch._prepare import prepare as prepare
+from crcore_torch._teacher import Teacher as Teacher
+
+__all__ = [
+    "ConsistencyLoss",
+    "FakeQuantize",
+    "IntegerWeight",
+    "Teacher",
+    "convert",
+    "parameter_groups",
+    "prepare",
+]

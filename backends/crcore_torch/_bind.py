@@ -1,0 +1,44 @@
+"""The core's forward and gradient, handed to torch's autograd. The one file that touches autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crcore import Quantizer
+from crcore_torch._xp import xp
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(quantizer: Quantizer, elements: float, x: Tensor, *parameters: Tensor) -> Tensor:
+        return quantizer.forward(x, *parameters, xp=xp)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.quantizer, ctx.elements, *tensors = inputs
+        # Only the inputs: everything else is recomputed, which costs less than keeping it (design: few saved tensors).
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        gradients = ctx.quantizer.vjp(cotangent, *ctx.saved_tensors, elements=ctx.elements, xp=xp)
+        constants = len(ctx.saved_tensors) - len(gradients)
+        return None, None, *gradients, *[None] * constants
+
+
+def fake_quantize(x: Tensor, quantizer: Quantizer, parameters: tuple[Tensor, ...], elements: float) -> Tensor:
+    """``quantizer.forward(x, *parameters)``, differentiated by ``quantizer.vjp``.
+
+    Args:
+        x: float32 or float64.
+        quantizer: any quantizer of the core.
+        parameters: its arrays, each with ``x.ndim`` dimensions and the dtype of ``x``.
+        elements: how many elements share one scale; of an activation, within one sample.
+    """
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *parameters)):
+        # Not only cheaper: where nothing needs a gradient, torch.compile hands forward() a context it does not take.
+        return quantizer.forward(x, *parameters, xp=xp)
+    return _FakeQuantize.apply(quantizer, elements, x, *parameters)

@@ -1,0 +1,114 @@
+"""`convert`: the deployable integer form of a trained student or teacher."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from crcore import CRCoreError
+from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._layers import IntegerLayer, QuantizedLayer, mixed
+from crcore_torch._teacher import Teacher
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class IntegerWeight(nn.Module):
+    """A weight as integers: ``weight = (codes - zero_point) * scale``.
+
+    Attributes:
+        codes: int8 where they fit, else uint8, int16 or int32; the shape of the weight.
+        scale: float32 (float64 for float64 models), > 0; 0-d, or one per channel as broadcast against the weight.
+        zero_point: int32, of the shape of ``scale``.
+        bits: the width that was trained.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, weight: Tensor, quantizer: FakeQuantize) -> None:
+        super().__init__()
+        scale, zero_point = quantizer.affine(weight)
+        self.bits = quantizer.quantizer.bits
+        self.dtype = weight.dtype
+        self.register_buffer("codes", _smallest_integers(quantizer.codes(weight)))
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self) -> Tensor:
+        """The weight, in the dtype that it had."""
+        wide = self.codes.to(self.scale.dtype)
+        return ((wide - self.zero_point) * self.scale).to(self.dtype)
+
+    def extra_repr(self) -> str:
+        """Width, shape and storage."""
+        return f"bits={self.bits}, shape={tuple(self.codes.shape)}, dtype={self.codes.dtype}"
+
+
+def convert(model: Model) -> Model:
+    """The integer form of a prepared model: integer weights, and scales and zero points for weights and inputs.
+
+    Each quantized layer gets ``integer_weight`` (an `IntegerWeight`) in place of its float weight; ``input_quantizer``
+    stays, frozen, with ``scale``, ``zero_point`` and ``codes(x)``. The result computes exactly, bit for bit, what
+    ``model.eval()`` computes; its ``state_dict`` holds the integers.
+
+    Args:
+        model: a model from `prepare`, trained; or a `Teacher`, whose average is taken.
+
+    Returns:
+        a new module in eval mode, without gradients; ``model`` is left as it is.
+
+    Raises:
+        CRCoreError: nothing in ``model`` is quantized, or a quantizer has not seen data yet.
+
+    >>> import crcore, torch
+    >>> from crcore_torch import prepare
+    >>> student = prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), crcore.Recipe(crcore.LSQ(bits=4), None))
+    >>> convert(student)[0].integer_weight
+    IntegerWeight(bits=8, shape=(2, 4), dtype=torch.int8)
+    """
+    source: nn.Module = model.model if isinstance(model, Teacher) else model
+    quantizers = {name: module for name, module in source.named_modules() if isinstance(module, FakeQuantize)}
+    if not any(isinstance(module, QuantizedLayer) for module in source.modules()):
+        raise CRCoreError(f"{type(source).__name__} has no quantized layer; convert takes a model from prepare(...)")
+    waiting = [name for name, quantizer in quantizers.items() if not quantizer.initialized]
+    if waiting:
+        raise CRCoreError(f"{waiting} have not seen data yet; run a batch in train mode, then convert")
+    converted = copy.deepcopy(source).eval().requires_grad_(False)
+    shared: dict[tuple[int, int], IntegerWeight] = {}
+    for layer in [module for module in converted.modules() if isinstance(module, QuantizedLayer)]:
+        _to_integers(layer, shared)
+    for module in converted.modules():
+        if isinstance(module, FakeQuantize):
+            module.freeze()
+    return converted  # type: ignore[return-value]
+
+
+def _to_integers(layer: QuantizedLayer, shared: dict[tuple[int, int], IntegerWeight]) -> None:
+    """Replace the layer's float weight by integers; layers that shared the weight share them."""
+    quantizer = layer.weight_quantizer
+    if not isinstance(quantizer, FakeQuantize):  # a float weight: only the input is quantized
+        return
+    assert isinstance(layer, nn.Module)
+    weight = layer._parameters["weight"]
+    key = id(weight), id(quantizer)
+    if key not in shared:
+        shared[key] = IntegerWeight(weight, quantizer)
+    kind = mixed(IntegerLayer, type(layer).__bases__[1])
+    del layer.weight_quantizer
+    del layer._parameters["weight"]
+    layer.add_module("integer_weight", shared[key])
+    layer.__class__ = kind
+
+
+def _smallest_integers(codes: Tensor) -> Tensor:
+    lowest, highest = int(codes.min()), int(codes.max())
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        limits = torch.iinfo(dtype)
+        if limits.min <= lowest and highest <= limits.max:
+            return codes.to(dtype)
+    return codes.to(torch.int32)

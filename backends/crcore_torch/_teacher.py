@@ -1,0 +1,222 @@
+"""The teacher: the exponential moving average of the student, itself quantized, never trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from crcore import EMA, CRCoreError
+from crcore_torch._fake_quantize import FakeQuantize
+
+# Buffers that are statistics, and so are averaged like the weights they belong to. All other buffers are copied: masks
+# and tables may hold infinities, which an average turns into NaN, and other libraries' observers start from them.
+_AVERAGED_BUFFERS = (nn.modules.batchnorm._NormBase, FakeQuantize)
+
+
+class Teacher(nn.Module):
+    """The student's moving average: parameters, quantizer scales, BatchNorm statistics and observed ranges.
+
+    Call it like the student. It is always in eval mode, makes no graph, and is quantized with its own averaged scales.
+    After each optimizer step ``teacher <- decay * teacher + (1 - decay) * student``; so the teacher that the student
+    meets at step t includes the student after step t - 1. Buffers that are not statistics are copied from the student.
+
+    The student may come from `prepare` or be any module that another library fake-quantized. It may be wrapped by
+    ``torch.compile`` or DistributedDataParallel; the teacher is made of what is inside.
+
+    Copies and unpickled teachers can be evaluated, exported and saved, but follow no student. ``state_dict`` holds the
+    averaged model under ``model.`` and the step count under ``step``.
+
+    Args:
+        student: the network that is trained; not changed, and not registered as a submodule.
+        ema: decay, warm-up, and whether the teacher is quantized; None for the default `crcore.EMA`.
+
+    Attributes:
+        model: the averaged network, an ordinary module.
+        step: optimizer steps followed so far; what the lambda schedule takes.
+
+    Raises:
+        CRCoreError: a float teacher is asked for, and the student's quantizers are not crcore's.
+    """
+
+    model: nn.Module
+
+    def __init__(self, student: nn.Module, ema: EMA | None = None) -> None:
+        super().__init__()
+        if ema is not None and not isinstance(ema, EMA):
+            raise CRCoreError(
+                f"ema must be a crcore.EMA or None, got {ema!r}; for example EMA(decay=0.999, warmup=2_000)"
+            )
+        student = _unwrapped(student)
+        self.ema = EMA() if ema is None else ema
+        self.step = 0
+        # In a list, so that the student does not become part of the teacher's parameters and state.
+        self._student = [student]
+        self._handles: dict[int, RemovableHandle] = {}
+        self.model = copy.deepcopy(student).requires_grad_(False)
+        if not self.ema.quantized:
+            _switch_off(self.model)
+        self.eval()
+
+    @property
+    def decay(self) -> float:
+        """The decay of the next update."""
+        return float(self.ema.decay_at(self.step))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The averaged network's output, without a graph."""
+        self._adopt_flags()
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Does nothing: a teacher is always in eval mode."""
+        return super().train(False)
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Update after every ``optimizer.step()``; not after a step that a GradScaler skipped.
+
+        Returns:
+            a handle whose ``remove()`` ends it.
+
+        Raises:
+            CRCoreError: the optimizer trains none of the student's parameters.
+        """
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(parameter) in trained for parameter in self._source().parameters()):
+            raise CRCoreError(
+                "the optimizer trains none of the student's parameters; build it from student.parameters(), "
+                "with the student that this Teacher was made of"
+            )
+        earlier = self._handles.pop(id(optimizer), None)
+        if earlier is not None:  # following twice must not average twice
+            earlier.remove()
+        handle = optimizer.register_step_post_hook(self._after_step)
+        self._handles[id(optimizer)] = handle
+        return handle
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the average. `follow` calls it; call it yourself only without an optimizer to follow.
+
+        Raises:
+            CRCoreError: this is a copy, which follows no student.
+        """
+        self._adopt_flags()
+        averages: list[Tensor] = []
+        values: list[Tensor] = []
+        for average, value in _statistics(self.model, self._source()):
+            averages.append(average)
+            values.append(value)
+        if averages:
+            ema_update_(averages, values, self.decay)
+        _copy_other_buffers(self.model, self._source())
+        self.step += 1
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # An optimizer that handles gradient scaling itself is stepped although the scaler found an overflow; it is told
+        # so by this attribute. Others are not stepped at all.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not bool(found_inf):
+            self.update()
+
+    def _source(self) -> nn.Module:
+        if not self._student:
+            raise CRCoreError(
+                "this teacher is a copy and follows no student; make a Teacher(student) and load its state_dict there"
+            )
+        return self._student[0]
+
+    def _adopt_flags(self) -> None:
+        """Quantizers that the student has initialized (or frozen) since: start averaging from its values."""
+        if self._student:
+            for mine, source in _pairs(self.model, self._student[0]):
+                if isinstance(mine, FakeQuantize) and isinstance(source, FakeQuantize):
+                    mine.adopt(source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_student": [], "_handles": {}}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "step"] = torch.tensor(self.step)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # The step is a Python number, so that reading it costs no device synchronisation; it is saved as a tensor.
+        step = state_dict.pop(prefix + "step", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if step is None:
+            missing_keys = args[2]
+            missing_keys.append(prefix + "step")
+        else:
+            self.step = int(step)
+
+
+def ema_update_(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
+    """`crcore.ema_update` for all tensors at once, in place."""
+    torch._foreach_lerp_(averages, values, 1.0 - decay)
+
+
+def _pairs(model: nn.Module, student: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    return zip(model.modules(), student.modules(), strict=True)
+
+
+def _statistics(model: nn.Module, student: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The teacher's tensor and the student's, for everything that is averaged."""
+    seen: set[int] = set()
+    for mine, source in _pairs(model, student):
+        tensors = list(_named(mine._parameters))
+        if isinstance(mine, _AVERAGED_BUFFERS):
+            tensors += _named(mine._buffers)
+        for name, average in tensors:
+            if average.is_floating_point() and id(average) not in seen:  # a tied weight moves once
+                seen.add(id(average))
+                yield average, _stored(source, name)
+
+
+def _copy_other_buffers(model: nn.Module, student: nn.Module) -> None:
+    for mine, source in _pairs(model, student):
+        if isinstance(mine, FakeQuantize):  # its flags are mirrored in Python, see _adopt_flags
+            continue
+        averaged = isinstance(mine, _AVERAGED_BUFFERS)
+        for name, buffer in _named(source._buffers):
+            own = mine._buffers.get(name)
+            if averaged and buffer.is_floating_point():
+                continue
+            if own is None or own.shape != buffer.shape or own.dtype != buffer.dtype:
+                mine._buffers[name] = buffer.detach().clone()  # other libraries' observers grow buffers on first use
+            else:
+                own.copy_(buffer)
+
+
+def _named(tensors: Any) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+
+
+def _stored(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer as it is stored (`QuantizedLayer.weight` would quantize it)."""
+    stored = module._parameters.get(name)
+    return module._buffers[name] if stored is None else stored  # type: ignore[return-value]
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside torch.compile and data-parallel wrappers."""
+    inner = getattr(module, "_orig_mod", None)
+    if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = module.module
+    return module if inner is None else _unwrapped(inner)
+
+
+def _switch_off(model: nn.Module) -> None:
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    if not quantizers:
+        raise CRCoreError(
+            "EMA(quantized=False) asks for a float teacher, but the student's quantizers are not crcore's; "
+            "use quantized=True, or prepare the student with crcore_torch.prepare"
+        )
+    for quantizer in quantizers:
+        quantizer.enabled = False
