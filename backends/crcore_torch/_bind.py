@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from crcore import Quantizer
+from crcore_torch import _kernels
 from crcore_torch._xp import xp
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(quantizer: Quantizer, elements: float, x: Tensor, *parameters: Tensor) -> Tensor:
-        return quantizer.forward(x, *parameters, xp=xp)
+        return _forward(quantizer, x, *parameters)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -24,8 +25,12 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        gradients = ctx.quantizer.vjp(cotangent, *ctx.saved_tensors, elements=ctx.elements, xp=xp)
-        constants = len(ctx.saved_tensors) - len(gradients)
+        x, *parameters = ctx.saved_tensors
+        if _kernels.supports(ctx.quantizer, x):
+            gradients = _kernels.lsq_vjp(ctx.quantizer, cotangent, x, *parameters, elements=ctx.elements)
+        else:
+            gradients = ctx.quantizer.vjp(cotangent, x, *parameters, elements=ctx.elements, xp=xp)
+        constants = 1 + len(parameters) - len(gradients)
         return None, None, *gradients, *[None] * constants
 
 
@@ -40,5 +45,11 @@ def fake_quantize(x: Tensor, quantizer: Quantizer, parameters: tuple[Tensor, ...
     """
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *parameters)):
         # Not only cheaper: where nothing needs a gradient, torch.compile hands forward() a context it does not take.
-        return quantizer.forward(x, *parameters, xp=xp)
+        return _forward(quantizer, x, *parameters)
     return _FakeQuantize.apply(quantizer, elements, x, *parameters)
+
+
+def _forward(quantizer: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    if _kernels.supports(quantizer, x):
+        return _kernels.lsq_forward(quantizer, x, *parameters)
+    return quantizer.forward(x, *parameters, xp=xp)
