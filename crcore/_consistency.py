@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crcore._divergences import confidence, kl_divergence
+from crcore._divergences import confidence, kl_divergence, same_shape
 from crcore._errors import CRCoreError
 from crcore._schedules import as_schedule
 from crcore._typing import Array, Divergence, Schedule
@@ -64,12 +64,21 @@ class Consistency:
             axis: the class axis.
             sample_weight: one factor per sample ``[N]``, or per prediction (the logits' shape without ``axis``).
             xp: the array namespace.
+
+        Raises:
+            CRCoreError: shapes that do not belong together.
         """
         values = self.divergence(student, teacher, axis=axis, temperature=self.temperature, xp=xp)
         if self.threshold is not None:
             values = xp.where(confidence(teacher, axis=axis, xp=xp) >= self.threshold, values, 0.0)
         if sample_weight is not None:
-            if sample_weight.ndim == 1:
+            if not same_shape(sample_weight.shape, values.shape):
+                # Broadcasting [N, 1] against [N] would weigh every sample with every weight.
+                if not same_shape(sample_weight.shape, values.shape[:1]):
+                    raise CRCoreError(
+                        f"sample_weight must have one entry per sample, {tuple(values.shape[:1])}, or per prediction, "
+                        f"{tuple(values.shape)}; got {tuple(sample_weight.shape)}"
+                    )
                 sample_weight = xp.reshape(sample_weight, (-1,) + (1,) * (values.ndim - 1))
             values = values * sample_weight
         return xp.mean(values, axis=tuple(range(values.ndim))) if values.ndim else values

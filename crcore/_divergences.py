@@ -76,8 +76,16 @@ def confidence(logits: Array, *, axis: int = -1, xp: Any = np) -> Array:
     return xp.exp(xp.amax(_log_softmax(logits, axis, xp), axis=axis))
 
 
+def same_shape(one: Any, other: Any) -> bool:
+    """Whether two shapes are equal; a size that a traced tensor does not know (None) equals any."""
+    one, other = tuple(one), tuple(other)
+    return len(one) == len(other) and all(
+        None in sizes or sizes[0] == sizes[1] for sizes in zip(one, other, strict=True)
+    )
+
+
 def _log_probabilities(student: Array, teacher: Array, axis: int, temperature: float, xp: Any) -> tuple[Array, Array]:
-    if tuple(student.shape) != tuple(teacher.shape):
+    if not same_shape(student.shape, teacher.shape):
         raise CRCoreError(
             f"student and teacher logits must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}; "
             "give both networks views of the same batch"

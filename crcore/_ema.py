@@ -55,9 +55,10 @@ class EMA:
 
     def __post_init__(self) -> None:
         schedule = as_schedule("decay", self.decay)
+        for end in ("value", "start", "peak"):
+            if not 0.0 <= getattr(schedule, end, 0.0) <= 1.0:
+                raise CRCoreError(f"decay must lie in [0, 1], got {self.decay!r}; 0.99 to 0.9999 are usual")
         if isinstance(schedule, Constant):
-            if not 0.0 <= schedule.value <= 1.0:
-                raise CRCoreError(f"decay must lie in [0, 1], got {schedule.value}; 0.99 to 0.9999 are usual")
             object.__setattr__(self, "decay", schedule.value)  # EMA(constant(0.9)) == EMA(0.9)
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise CRCoreError(f"warmup must be a whole number of optimizer steps, at least 0, got {self.warmup!r}")

@@ -83,12 +83,19 @@ class Recipe:
         set_(self, "activations", _for_role("activations", self.activations))
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits)
+            for name in ("weights", "activations"):  # an error here, not when a model is met
+                _with_bits(name, getattr(self, name), self.first_last_bits)
             if all(q is None or q.bits == self.first_last_bits for q in (self.weights, self.activations)):
                 set_(self, "first_last_bits", None)  # one spelling per behaviour
         skip = (self.skip,) if isinstance(self.skip, str) else self.skip
-        if not all(isinstance(pattern, str) for pattern in skip):
+        if not isinstance(skip, Sequence) or not all(isinstance(pattern, str) for pattern in skip):
             raise CRCoreError(f"skip takes layer-name patterns, got {self.skip!r}; for example skip=('head', 'rnn.*')")
         set_(self, "skip", tuple(sorted(set(skip))))
+        if not isinstance(self.overrides, Mapping):
+            raise CRCoreError(
+                f"overrides maps layer-name patterns to quantizers, got {self.overrides!r}; "
+                "for example overrides={'blocks.*': {'weights': LSQ(bits=8)}}"
+            )
         set_(self, "overrides", {pattern: _override(pattern, given) for pattern, given in self.overrides.items()})
         for name, kind in (("consistency", Consistency), ("ema", EMA)):
             if not isinstance(getattr(self, name), kind | None):
@@ -110,7 +117,7 @@ class Recipe:
         for index, name in enumerate(layers):
             quantizers = {"weights": self.weights, "activations": self.activations}
             if self.first_last_bits is not None and index in (0, len(layers) - 1):
-                quantizers = {key: _with_bits(value, self.first_last_bits) for key, value in quantizers.items()}
+                quantizers = {key: _with_bits(key, value, self.first_last_bits) for key, value in quantizers.items()}
             quantizers |= self._override_of(name)
             plan[name] = None if self.skips(name) else LayerQuantizers(**quantizers)
         return plan
@@ -193,8 +200,8 @@ def _override(pattern: str, given: Any) -> dict[str, Quantizer | None]:
     return {name: _for_role(name, quantizer) for name, quantizer in given.items()}
 
 
-def _with_bits(quantizer: Any, bits: int) -> Any:
-    return None if quantizer is None else replace(quantizer, bits=bits)
+def _with_bits(name: str, quantizer: Any, bits: int) -> Any:
+    return None if quantizer is None else _for_role(name, replace(quantizer, bits=bits))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -221,9 +228,10 @@ def _decode(data: Any) -> Any:
         return tuple(_decode(item) for item in data)
     if not isinstance(data, Mapping):
         return data
-    if "function" in data:
+    # Text, because overrides may be for layers that are called "type" or "function": those lead to a dictionary.
+    if isinstance(data.get("function"), str):
         return _lookup(_FUNCTIONS, data["function"])
-    if "type" not in data:
+    if not isinstance(data.get("type"), str):
         return {name: _decode(item) for name, item in data.items()}
     cls = _lookup(_VALUES, data["type"])
     arguments = {name: _decode(item) for name, item in data.items() if name != "type"}

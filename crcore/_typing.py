@@ -69,7 +69,8 @@ class Quantizer(Protocol):
 
     A quantizer is an immutable description. The arrays it works with (a learned scale, an observed range) are handed in
     as ``*parameters``, in the order of the names in `parameters`; a backend stores them where its users expect them.
-    Each has as many dimensions as ``x``, with size 1 along every axis that shares it.
+    Each has as many dimensions as ``x``, with size 1 along every axis that shares it. Every method takes the array
+    namespace as the keyword ``xp`` (in ``options`` here, because only then may an implementation name its parameters).
     """
 
     if TYPE_CHECKING:  # read-only members: the implementations are frozen dataclasses
@@ -95,21 +96,22 @@ class Quantizer(Protocol):
         """The parameters that suit the data ``x``, reduced over ``axes``."""
         ...
 
-    def codes(self, x: Array, *parameters: Array, xp: Any = ...) -> Array:
+    def codes(self, x: Array, *parameters: Any, **options: Any) -> Array:
         """The integers, as floats."""
         ...
 
-    def affine(self, *parameters: Array, xp: Any = ...) -> tuple[Array, Array]:
+    def affine(self, *parameters: Any, **options: Any) -> tuple[Array, Array]:
         """``(scale, zero_point)`` such that ``forward == (codes - zero_point) * scale``, bit for bit."""
         ...
 
-    def forward(self, x: Array, *parameters: Array, xp: Any = ...) -> Array:
+    def forward(self, x: Array, *parameters: Any, **options: Any) -> Array:
         """The fake-quantized value."""
         ...
 
-    def vjp(self, cotangent: Array, x: Array, *parameters: Array, elements: float, xp: Any = ...) -> tuple[Array, ...]:
+    def vjp(self, cotangent: Array, x: Array, *parameters: Any, **options: Any) -> tuple[Array, ...]:
         """Gradients ``(dx, *dparameters)`` for ``cotangent = dL/dy``; only ``(dx,)`` where nothing is learned.
 
-        ``elements``: how many elements share one scale: of a weight all of them, of an activation those of a sample.
+        Takes the keyword ``elements``: how many elements share one scale; of a weight all of them, of an activation
+        those of one sample.
         """
         ...

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from crcore import CRCoreError
 from crcore_torch._fake_quantize import FakeQuantize
 from crcore_torch._layers import IntegerLayer, QuantizedLayer, mixed
-from crcore_torch._teacher import Teacher
+from crcore_torch._teacher import Teacher, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,7 +20,8 @@ class IntegerWeight(nn.Module):
     """A weight as integers: ``weight = (codes - zero_point) * scale``.
 
     Attributes:
-        codes: int8 where they fit, else uint8, int16 or int32; the shape of the weight.
+        codes: int8 where the grid fits, else uint8, int16 or int32; the shape of the weight. The values play no part in
+            that choice, so that converted checkpoints load into each other.
         scale: float32 (float64 for float64 models), > 0; 0-d, or one per channel as broadcast against the weight.
         zero_point: int32, of the shape of ``scale``.
         bits: the width that was trained.
@@ -35,7 +36,7 @@ class IntegerWeight(nn.Module):
         scale, zero_point = quantizer.affine(weight)
         self.bits = quantizer.quantizer.bits
         self.dtype = weight.dtype
-        self.register_buffer("codes", _smallest_integers(quantizer.codes(weight)))
+        self.register_buffer("codes", quantizer.codes(weight).to(_storage(quantizer, weight)))
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("zero_point", zero_point)
 
@@ -57,13 +58,13 @@ def convert(model: Model) -> Model:
     ``model.eval()`` computes; its ``state_dict`` holds the integers.
 
     Args:
-        model: a model from `prepare`, trained; or a `Teacher`, whose average is taken.
+        model: a model from `prepare`, trained, wrapped or not; or a `Teacher`, whose average is taken.
 
     Returns:
         a new module in eval mode, without gradients; ``model`` is left as it is.
 
     Raises:
-        CRCoreError: nothing in ``model`` is quantized, or a quantizer has not seen data yet.
+        CRCoreError: nothing in ``model`` is quantized, a quantizer has not seen data yet, or it is a float teacher.
 
     >>> import crcore, torch
     >>> from crcore_torch import prepare
@@ -71,10 +72,14 @@ def convert(model: Model) -> Model:
     >>> convert(student)[0].integer_weight
     IntegerWeight(bits=8, shape=(2, 4), dtype=torch.int8)
     """
-    source: nn.Module = model.model if isinstance(model, Teacher) else model
+    source = unwrapped(model.model if isinstance(model, Teacher) else model)
     quantizers = {name: module for name, module in source.named_modules() if isinstance(module, FakeQuantize)}
     if not any(isinstance(module, QuantizedLayer) for module in source.modules()):
         raise CRCoreError(f"{type(source).__name__} has no quantized layer; convert takes a model from prepare(...)")
+    if not all(quantizer.enabled for quantizer in quantizers.values()):
+        raise CRCoreError(
+            "a float teacher, EMA(quantized=False), computes nothing that integers could reproduce; convert the student"
+        )
     waiting = [name for name, quantizer in quantizers.items() if not quantizer.initialized]
     if waiting:
         raise CRCoreError(f"{waiting} have not seen data yet; run a batch in train mode, then convert")
@@ -85,7 +90,7 @@ def convert(model: Model) -> Model:
     for module in converted.modules():
         if isinstance(module, FakeQuantize):
             module.freeze()
-    return converted  # type: ignore[return-value]
+    return converted.eval()  # type: ignore[return-value]  # once more: the integers are new modules
 
 
 def _to_integers(layer: QuantizedLayer, shared: dict[tuple[int, int], IntegerWeight]) -> None:
@@ -105,10 +110,10 @@ def _to_integers(layer: QuantizedLayer, shared: dict[tuple[int, int], IntegerWei
     layer.__class__ = kind
 
 
-def _smallest_integers(codes: Tensor) -> Tensor:
-    lowest, highest = int(codes.min()), int(codes.max())
+def _storage(quantizer: FakeQuantize, weight: Tensor) -> torch.dtype:
+    lowest, highest = quantizer.code_limits(weight)
     for dtype in (torch.int8, torch.uint8, torch.int16):
         limits = torch.iinfo(dtype)
         if limits.min <= lowest and highest <= limits.max:
-            return codes.to(dtype)
-    return codes.to(torch.int32)
+            return dtype
+    return torch.int32

@@ -26,7 +26,7 @@ class FakeQuantize(nn.Module):
     Learned arrays are parameters, observed ones buffers, under the names that the quantizer gives them (``scale``;
     ``alpha`` for PACT; ``low``, ``high`` for MinMax). They are set from data once: from the first tensor that arrives
     in train mode, or by `initialize`. ``initialized`` is saved, so that loading or resuming never sets them again.
-    Under ``torch.distributed`` that first setting is averaged over all replicas.
+    Under ``torch.distributed`` that first setting, and each observation (MinMax), is averaged over all replicas.
 
     Arithmetic is float32 (float64 for float64 tensors), whatever autocast says; the result has the input's dtype.
 
@@ -97,6 +97,15 @@ class FakeQuantize(nn.Module):
         wide = _widen(x)
         return self.quantizer.codes(wide, *self._arrays_for(wide), xp=xp)
 
+    @torch.no_grad()
+    def code_limits(self, x: Tensor) -> tuple[int, int]:
+        """The lowest and the highest code that a tensor like ``x`` can get, however large its values."""
+        wide = _widen(x)
+        arrays = self._arrays_for(wide)
+        far = torch.full_like(wide, torch.finfo(wide.dtype).max)  # the codes of values far outside are the grid's ends
+        lowest, highest = (self.quantizer.codes(end, *arrays, xp=xp) for end in (-far, far))
+        return int(lowest.min()), int(highest.max())
+
     def affine(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)`` in use, in the arrays' shape; for ``x`` where they are recomputed from the tensor."""
         if x is not None and self._recomputed:
@@ -122,10 +131,10 @@ class FakeQuantize(nn.Module):
         """Set the arrays from the data ``x``, now; returns itself."""
         if self.quantizer.signed is None:
             signed = (x < 0).any().to(torch.float32)
-            self.signed.fill_(int(_mean_over_replicas(signed) > 0))
+            self.signed.fill_(int(mean_over_replicas(signed) > 0))
             self.quantizer = replace(self.quantizer, signed=bool(self.signed))  # type: ignore[type-var]
         for array, value in zip(self._arrays(), self._fresh(_widen(x)), strict=True):
-            array.copy_((_mean_over_replicas(value) if self.role == "activation" else value).reshape(array.shape))
+            array.copy_((mean_over_replicas(value) if self.role == "activation" else value).reshape(array.shape))
         self.initialized.fill_(True)
         self._read_flags()
         return self
@@ -169,7 +178,7 @@ class FakeQuantize(nn.Module):
         if observe is None or not self.training or self._frozen:
             return arrays
         with torch.no_grad():
-            observed = observe(x, *arrays, axes=tuple(range(x.ndim)), xp=xp)
+            observed = tuple(map(mean_over_replicas, observe(x, *arrays, axes=tuple(range(x.ndim)), xp=xp)))
             self._store(observed)
         return observed
 
@@ -219,7 +228,8 @@ def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def _mean_over_replicas(value: Tensor) -> Tensor:
+def mean_over_replicas(value: Tensor) -> Tensor:
+    """The same on every replica of a distributed run; a collective, so that all of them must call it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     total = value.clone()

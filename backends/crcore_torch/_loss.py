@@ -87,7 +87,13 @@ def _check(student: Any, teacher: Any) -> None:
                 f"{name} must be a tensor of logits, got {type(logits).__name__}; pick the logits out of the model's "
                 "output, for example output.logits"
             )
-    if student is teacher:
+    if tuple(student.shape) != tuple(teacher.shape):
+        # The core says so too, but not while lambda is zero.
+        raise CRCoreError(
+            f"student and teacher logits must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}; "
+            "give both networks views of the same batch"
+        )
+    if student is teacher or _same_memory(student, teacher):
         raise CRCoreError(
             "student and teacher are the same tensor, so that the term is zero for ever; "
             "give student(augment(x)) and teacher(augment(x))"
@@ -96,3 +102,8 @@ def _check(student: Any, teacher: Any) -> None:
         raise CRCoreError(
             "the gradient must reach the student, but only the second argument has one; swap the arguments"
         )
+
+
+def _same_memory(student: Tensor, teacher: Tensor) -> bool:
+    """Whether one is a detached copy of the other; not asked where a compiler traces, which has no memory yet."""
+    return not torch.compiler.is_compiling() and student.dtype == teacher.dtype and student.is_set_to(teacher)

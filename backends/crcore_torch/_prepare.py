@@ -123,6 +123,8 @@ def _unfit(layer: nn.Module) -> str | None:
         return "its weight is computed (weight_norm or another parametrization); remove that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet; run a batch through the lazy model first"
+    if weight.is_meta:
+        return "its weight has no values yet; load them, or move the model with to_empty(), first"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if getattr(layer, "max_norm", None) is not None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from crcore import EMA, CRCoreError
-from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._fake_quantize import FakeQuantize, mean_over_replicas
+from crcore_torch._foreign import copy_buffers, has_late_scale, is_foreign, stop_observers, take_over
 
 # Buffers that are statistics, and so are averaged like the weights they belong to. All other buffers are copied: masks
 # and tables may hold infinities, which an average turns into NaN, and other libraries' observers start from them.
@@ -27,6 +28,9 @@ class Teacher(nn.Module):
 
     The student may come from `prepare` or be any module that another library fake-quantized. It may be wrapped by
     ``torch.compile`` or DistributedDataParallel; the teacher is made of what is inside.
+
+    Under ``torch.distributed`` every replica makes a teacher; BatchNorm statistics are averaged over the replicas too,
+    so that all have the same one.
 
     Copies and unpickled teachers can be evaluated, exported and saved, but follow no student. ``state_dict`` holds the
     averaged model under ``model.`` and the step count under ``step``.
@@ -51,13 +55,14 @@ class Teacher(nn.Module):
             raise CRCoreError(
                 f"ema must be a crcore.EMA or None, got {ema!r}; for example EMA(decay=0.999, warmup=2_000)"
             )
-        student = _unwrapped(student)
+        student = unwrapped(student)
         self.ema = EMA() if ema is None else ema
         self.step = 0
         # In a list, so that the student does not become part of the teacher's parameters and state.
         self._student = [student]
         self._handles: dict[int, RemovableHandle] = {}
         self.model = copy.deepcopy(student).requires_grad_(False)
+        stop_observers(self.model)
         if not self.ema.quantized:
             _switch_off(self.model)
         self.eval()
@@ -71,6 +76,8 @@ class Teacher(nn.Module):
         """The averaged network's output, without a graph."""
         self._adopt_flags()
         with torch.no_grad():
+            if self.step == 0 and not torch.compiler.is_compiling():
+                self._take_over_foreign()
             return self.model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -112,9 +119,12 @@ class Teacher(nn.Module):
         for average, value in _statistics(self.model, self._source()):
             averages.append(average)
             values.append(value)
+        late = [pair for pair in _pairs(self.model, self._source()) if has_late_scale(pair[0])]
         if averages:
-            ema_update_(averages, values, self.decay)
+            ema_update_(averages, _agreed(values), self.decay)
         _copy_other_buffers(self.model, self._source())
+        for mine, source in late:
+            take_over(mine, source)
         self.step += 1
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -137,6 +147,13 @@ class Teacher(nn.Module):
             for mine, source in _pairs(self.model, self._student[0]):
                 if isinstance(mine, FakeQuantize) and isinstance(source, FakeQuantize):
                     mine.adopt(source)
+
+    def _take_over_foreign(self) -> None:
+        """Before its first update the teacher is the student, other libraries' first batch included."""
+        if self._student:
+            for mine, source in _pairs(self.model, self._student[0]):
+                if is_foreign(mine):
+                    take_over(mine, source)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_student": [], "_handles": {}}
@@ -178,19 +195,32 @@ def _statistics(model: nn.Module, student: nn.Module) -> Iterator[tuple[Tensor, 
                 yield average, _stored(source, name)
 
 
+def _agreed(values: list[Tensor]) -> list[Tensor]:
+    """Buffers as their mean over the replicas of a distributed run.
+
+    DistributedDataParallel keeps parameters equal, and not what BatchNorm has met: without this, every replica would
+    have a teacher of its own.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    local = [index for index, value in enumerate(values) if not isinstance(value, nn.Parameter)]
+    if local:
+        mean = mean_over_replicas(torch.cat([values[index].flatten() for index in local]))
+        for index, part in zip(local, mean.split([values[index].numel() for index in local]), strict=True):
+            values[index] = part.reshape(values[index].shape).to(values[index].dtype)
+    return values
+
+
 def _copy_other_buffers(model: nn.Module, student: nn.Module) -> None:
     for mine, source in _pairs(model, student):
         if isinstance(mine, FakeQuantize):  # its flags are mirrored in Python, see _adopt_flags
             continue
-        averaged = isinstance(mine, _AVERAGED_BUFFERS)
+        if not isinstance(mine, _AVERAGED_BUFFERS):
+            copy_buffers(mine, source)
+            continue
         for name, buffer in _named(source._buffers):
-            own = mine._buffers.get(name)
-            if averaged and buffer.is_floating_point():
-                continue
-            if own is None or own.shape != buffer.shape or own.dtype != buffer.dtype:
-                mine._buffers[name] = buffer.detach().clone()  # other libraries' observers grow buffers on first use
-            else:
-                own.copy_(buffer)
+            if not buffer.is_floating_point():
+                mine._buffers[name].copy_(buffer)  # type: ignore[union-attr]
 
 
 def _named(tensors: Any) -> list[tuple[str, Tensor]]:
@@ -203,12 +233,12 @@ def _stored(module: nn.Module, name: str) -> Tensor:
     return module._buffers[name] if stored is None else stored  # type: ignore[return-value]
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """What is inside torch.compile and data-parallel wrappers."""
     inner = getattr(module, "_orig_mod", None)
     if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         inner = module.module
-    return module if inner is None else _unwrapped(inner)
+    return module if inner is None else unwrapped(inner)
 
 
 def _switch_off(model: nn.Module) -> None:

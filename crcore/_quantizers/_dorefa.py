@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from crcore._grid import IntGrid
-from crcore._quantizers._arithmetic import check_fields, round_to, sum_to, symmetric_grid_of
+from crcore._quantizers._arithmetic import MIN_SCALE, check_fields, round_to, sum_to, symmetric_grid_of
 from crcore._typing import Array, Role
 
 
@@ -74,7 +74,8 @@ class DoReFa:
             norm = xp.mean(xp.abs(x), axis=axes, keepdims=True)
         else:
             norm = xp.amax(xp.abs(xp.tanh(x)), axis=axes, keepdims=True)
-        return (xp.where(norm > 0.0, norm, 1.0),)
+        # The gradient divides by norm**2, which a channel of denormals would make zero.
+        return (xp.where(norm > MIN_SCALE, norm, 1.0),)
 
     def affine(self, *norm: Array, xp: Any = np) -> tuple[Array, Array]:
         """``(1 / n, 0)`` for weights (``norm`` at one bit), ``(1 / hi, 0)`` for activations."""

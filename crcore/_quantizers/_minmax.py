@@ -86,7 +86,10 @@ class MinMax:
         if self.symmetric:
             # An unsigned grid has no negative codes, so that only the top of the range counts.
             reach = xp.where(-low > high, -low, high) if self.grid.signed else high
-            scale = positive(xp.where(reach > 0.0, reach, 1.0) / self.grid.hi, xp)
+            reach = xp.where(reach > 0.0, reach, 1.0)
+            scale = positive(reach / self.grid.hi, xp)
+            # Rounding may put reach / scale just above hi, and the extreme itself outside: then one float32 step more.
+            scale = xp.where(reach / scale > self.grid.hi, scale * (1.0 + 2.0**-23), scale)
             return scale, xp.zeros_like(scale)
         scale, low = scale_of_range(self.grid, low, high, xp)
         return scale, xp.round(xp.clip(self.grid.lo - low / scale, self.grid.lo, self.grid.hi))

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from crcore._errors import CRCoreError
-from crcore._grid import IntGrid, check_bits
-from crcore._quantizers._arithmetic import positive, round_to, sum_to, symmetric_grid_of
+from crcore._grid import IntGrid
+from crcore._quantizers._arithmetic import check_fields, positive, round_to, sum_to, symmetric_grid_of
 from crcore._typing import Array, Role
 
 
@@ -42,7 +42,7 @@ class PACT:
     per_channel: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
+        check_fields(self)
 
     @property
     def grid(self) -> IntGrid:

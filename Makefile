@@ -1,0 +1,54 @@
+# make demo and make test work on a fresh machine with Python 3.11 or later; everything is installed into .venv.
+# Another interpreter: make test PYTHON=python3.12      Another build of torch: make test TORCH='torch>=2.11'
+# More arguments:      make test ARGS='-k teacher'      make demo ARGS='--epochs 5 --seeds 1'
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed before everything else, and named again with it: what depends on torch then keeps this build of it.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Tests and demo read nothing from the network.
+OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-cli  ## install, train the digits in float, QAT and QAT + consistency, print the table
+	$(OFFLINE) $(VENV)/bin/python -m crcore.cli compare $(ARGS)
+
+test: $(VENV)/.installed-dev  ## install, run all tests
+	$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
+
+clean:  ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is written last: an installation that was interrupted is done again, pip then continues where it stopped.
+$(VENV)/.created:
+	@command -v '$(PYTHON)' >/dev/null || { echo "make: no '$(PYTHON)' here; name a Python 3.11 or later: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: crcore needs Python 3.11 or later, '$(PYTHON)' is $$('$(PYTHON)' -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-cli: $(VENV)/.created pyproject.toml
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[cli]' '$(TORCH)'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[dev]' '$(TORCH)'
+	@touch $(VENV)/.installed-cli $@

@@ -1,0 +1,65 @@
+"""The `crcore` command: compare, train and evaluate.
+
+Importing this package is cheap; torch, kornia and the rest of the extra `crcore[cli]` load when a command runs.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from crcore import CRCoreError
+from crcore.cli._arguments import build_parser, output_folder, settings_from
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    try:
+        return _run(arguments)
+    except CRCoreError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "crcore":
+            raise
+        return _fail(f"the package {error.name!r} is missing; install the command with: pip install 'crcore[cli]'")
+    except OSError as error:
+        return _fail(
+            f"{error.filename or 'file'}: {error.strerror or error}; check the path, its rights and free space"
+        )
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = build_parser(version("crcore")).parse_args(arguments)
+    if options.command == "evaluate":
+        from crcore.cli._commands import evaluate
+
+        evaluate(
+            options.checkpoint,
+            data_name=options.data,
+            device_name=options.device,
+            expected={
+                name: getattr(options, name) for name in ("model", "quantizer", "weight_bits", "activation_bits")
+            },
+            as_json=options.json,
+        )
+        return 0
+    settings = settings_from(options)
+    out = output_folder(options)
+    from crcore.cli import _commands
+
+    command = _commands.compare if options.command == "compare" else _commands.train
+    try:
+        command(settings, out=out, resume=options.resume)
+    except KeyboardInterrupt:
+        if (out / "settings.json").exists():
+            print(f"crcore: interrupted; give the same command with --out {out} --resume to continue", file=sys.stderr)
+        raise
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"crcore: {' '.join(message.split())}", file=sys.stderr)
+    return 2

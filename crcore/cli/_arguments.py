@@ -1,0 +1,268 @@
+"""The command line: what can be asked for, explained. Needs nothing but the standard library, so `--help` is quick."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from crcore.cli._errors import CommandError
+from crcore.cli._methods import METHODS, parse_methods
+from crcore.cli._settings import QUANTIZERS, VIEWS, Settings
+
+METHOD_HELP = "methods:\n" + "\n".join(f"  {method.name:17} {method.summary}" for method in METHODS.values())
+
+DATA_HELP = """\
+digits (scikit-learn's, embedded), a folder of parquet files in the Hugging Face image schema (columns img or
+image, and label; files named train-*, test-* or validation-*), a folder with one sub-folder of images for each
+class (with or without train/ and test/ above them), or the name of a data set on the Hugging Face hub
+"""
+
+COMPARE = f"""\
+Train a low-bit network in several ways and show what each gained over plain quantization-aware training (QAT).
+
+For each seed a float network is trained; every QAT method then starts from that float network, makes the same
+number of optimizer steps, sees the same augmented images in the same order, and is tested by the same code.
+
+{METHOD_HELP}
+"""
+
+COMPARE_EXAMPLES = """\
+examples:
+  crcore compare
+      the embedded digits with 200 labels and resnet8: minutes on two cores
+  crcore compare --data cifar10/ --model resnet18 --methods fp32,qat,qat+kd,qat+cr --weight-bits 4 \\
+                 --activation-bits 4 --labels 4000 --seeds 3 --epochs 60 --out runs/x
+      a folder of parquet files; stop it with Ctrl-C and continue it with the same line and --resume
+  crcore compare --model mynets:small --labels 300
+      your own function small(num_classes, in_channels) in mynets.py of the current folder
+
+the output folder holds:
+  results.json                     settings, versions, and for every seed and method: accuracy and teacher_accuracy
+                                   in percent, steps, seconds, and the history by epoch
+  table.md                         mean and standard deviation, the gain over qat with its 95 % confidence interval
+  curves.png                       accuracy against epoch
+  seed0/fp32/float.safetensors     and so on: a checkpoint for each network, for `crcore evaluate` and `--init`
+"""
+
+TRAIN = f"""\
+Train one method with one seed and keep its checkpoint.
+
+{METHOD_HELP}
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  crcore train --method qat+cr --out runs/cr
+      trains the float network first, then the 4-bit one; runs/cr/seed0/qat+cr/ holds both student and average
+  crcore train --method qat+cr --init runs/cr/seed0/fp32/float.safetensors --weight-bits 3 --out runs/cr3
+      starts from a float network that is there already
+"""
+
+EVALUATE = """\
+Measure the accuracy of a checkpoint on test images. Model, recipe and normalization are read from the checkpoint;
+a --model, --quantizer, --weight-bits or --activation-bits that is given is checked against it.
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  crcore evaluate runs/x/seed0/qat+cr/student.safetensors
+  crcore evaluate runs/x/seed0/qat+cr/teacher.safetensors --data cifar10/ --json
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument as one line, through `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        raise CommandError(f"{message}; see {self.prog} --help")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and adds defaults that the help text does not explain."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=28, width=116, **options)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def build_parser(version: str) -> Parser:
+    """The parser; its result has `command` and the options of that command."""
+    parser = Parser(
+        prog="crcore",
+        description="Quantization-aware training with consistency regularization (arXiv 2402.13497).",
+        epilog="start with: crcore compare\nmore about a command: crcore compare --help",
+        formatter_class=_Help,
+    )
+    parser.add_argument("--version", action="version", version=f"crcore {version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    compare = _command(
+        commands, "compare", "train several methods and show what each gained", COMPARE, COMPARE_EXAMPLES
+    )
+    _add_data(compare)
+    _add_network(compare)
+    _add_training(compare, several=True)
+    _add_run(compare)
+    train = _command(commands, "train", "train one method and keep its checkpoint", TRAIN, TRAIN_EXAMPLES)
+    _add_data(train)
+    _add_network(train)
+    _add_training(train, several=False)
+    _add_run(train)
+    evaluate = _command(commands, "evaluate", "measure the accuracy of a checkpoint", EVALUATE, EVALUATE_EXAMPLES)
+    evaluate.add_argument("checkpoint", type=Path, help="a .safetensors file that crcore wrote")
+    evaluate.add_argument("--data", help="as in crcore compare; default: what the checkpoint was trained on")
+    evaluate.add_argument("--model", help="refuse a checkpoint of another model")
+    evaluate.add_argument("--quantizer", choices=QUANTIZERS, help="refuse a checkpoint of another quantizer")
+    evaluate.add_argument("--weight-bits", type=int, metavar="N", help="refuse a checkpoint of another width")
+    evaluate.add_argument("--activation-bits", type=int, metavar="N", help="refuse a checkpoint of another width")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """The settings behind the arguments of compare or train."""
+    values = vars(arguments)
+    if arguments.command == "compare":
+        if arguments.seeds < 1:
+            raise CommandError(f"--seeds must be 1 or more, got {arguments.seeds}; 3 gives a confidence interval")
+        values |= {
+            "seeds": tuple(range(arguments.seeds)),
+            "init": None,
+            "methods": parse_methods(arguments.methods) if arguments.methods is not None else (),
+        }
+    else:
+        values |= {"seeds": (arguments.seed,), "methods": (arguments.method,)}
+    if arguments.float_epochs is None:
+        values["float_epochs"] = arguments.epochs
+    return Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    """The `--out` folder, or a new one named after the time."""
+    if arguments.out is not None:
+        return Path(arguments.out)
+    if arguments.resume:
+        raise CommandError("--resume needs --out: name the folder of the run to continue")
+    return Path("runs") / time.strftime(f"{arguments.command}-%Y%m%d-%H%M%S")
+
+
+def _command(commands: Any, name: str, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, epilog=epilog, formatter_class=_Help
+    )
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="digits", metavar="PATH", help=DATA_HELP)
+    group.add_argument(
+        "--labels",
+        type=_labels,
+        metavar="N",
+        help="keep N labels (stratified, chosen by the seed); the other training images are unlabeled. "
+        "Default: 200 for digits, otherwise all",
+    )
+    group.add_argument("--image-size", type=int, metavar="N", help="scale and crop images to NxN; default: as they are")
+    group.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="flip views horizontally at random; default: yes, but not for digits",
+    )
+    for name, default in (("student", "weak"), ("teacher", "weak")):
+        group.add_argument(
+            f"--{name}-view",
+            choices=VIEWS,
+            default=default,
+            help=f"augmentation of what the {name} sees. weak: random crop and flip; strong: also colour jitter and "
+            "erasing; none: the image itself",
+        )
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network and quantization")
+    group.add_argument(
+        "--model",
+        default="resnet8",
+        help="resnet8, resnet20 (CIFAR form, 1x1 convolution shortcuts), resnet18, mobilenetv2 (both with a stride-1 "
+        "stem and no pooling before the stages), or your own as module:function",
+    )
+    group.add_argument(
+        "--quantizer",
+        choices=QUANTIZERS,
+        default="lsq",
+        help="lsq: learned step sizes; lsq+: with a learned offset for activations; pact: learned clip of activations, "
+        "DoReFa weights; dorefa; minmax: observed ranges",
+    )
+    group.add_argument("--weight-bits", type=int, default=4, metavar="N", help="1 to 16; 8 in the first and last layer")
+    group.add_argument(
+        "--activation-bits", type=int, default=4, metavar="N", help="1 to 16; 8 in the first and last layer"
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
+    group = parser.add_argument_group("training")
+    if several:
+        group.add_argument("--methods", metavar="A,B,...", help="which methods; default: all that the data allow")
+        group.add_argument(
+            "--seeds", type=int, default=3, metavar="N", help="repeat everything with the seeds 0 to N-1"
+        )
+    else:
+        group.add_argument("--method", choices=tuple(METHODS), default="qat+cr", help="which method")
+        group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, labels, order and views")
+        group.add_argument("--init", metavar="CHECKPOINT", help="start from this float network instead of training one")
+    group.add_argument("--epochs", type=int, default=60, metavar="N", help="passes of QAT over the labeled images")
+    group.add_argument("--float-epochs", type=int, metavar="N", help="of the float network; default: as --epochs")
+    group.add_argument("--batch-size", type=int, default=64, metavar="N", help="labeled images in a step")
+    group.add_argument("--lr", type=float, default=0.02, help="peak learning rate of QAT (SGD, cosine to zero)")
+    group.add_argument("--float-lr", type=float, default=0.1, help="peak learning rate of the float network")
+    group.add_argument("--weight-decay", type=float, default=5e-4, help="of weights, not of quantizer scales")
+    group = parser.add_argument_group("consistency (qat+cr), average (qat+ema, qat+cr) and distillation (qat+kd)")
+    group.add_argument(
+        "--consistency-weight", type=float, default=1.0, metavar="X", help="lambda at the end of its ramp"
+    )
+    group.add_argument(
+        "--ramp", type=float, default=0.3, metavar="X", help="the part of the steps in which lambda rises, as a sigmoid"
+    )
+    group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of both softmaxes")
+    group.add_argument(
+        "--threshold", type=float, metavar="P", help="leave images out on which the teacher's confidence is below P"
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=float,
+        metavar="X",
+        help="of the average; default: a window of a twentieth of the steps, 0.9 to 0.999",
+    )
+    group.add_argument("--kd-weight", type=float, default=1.0, metavar="X", help="of qat+kd's term")
+    group.add_argument("--kd-temperature", type=float, default=2.0, metavar="X", help="of qat+kd's softmaxes")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="FOLDER", help="where results go; default: a new folder in runs/")
+    group.add_argument(
+        "--resume", action="store_true", help="continue the run in --out to the result it would have had"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    group.add_argument("--amp", action="store_true", help="bfloat16 autocast of the networks' forward passes")
+    group.add_argument(
+        "--evaluate-every", type=int, metavar="N", help="epochs between tests; default: about 20 tests in a run"
+    )
+
+
+def _labels(text: str) -> int:
+    if text == "all":
+        return 0
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of images or 'all', got {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, or 'all', got {number}")
+    return number

@@ -1,0 +1,163 @@
+"""The three commands: compare, train and evaluate (torch). Their arguments are checked in `_arguments.py`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import crcore as cr
+from crcore.cli._checkpoints import load_state, network_recipe, read_network, write_text
+from crcore.cli._curves import draw_curves
+from crcore.cli._data import load_data
+from crcore.cli._errors import CommandError
+from crcore.cli._evaluation import Evaluation
+from crcore.cli._models import build_model
+from crcore.cli._progress import Progress
+from crcore.cli._recipes import quantizer_name, quantizers
+from crcore.cli._report import HEADER, cells, markdown, notes, rows, title
+from crcore.cli._runs import all_runs, total_steps
+from crcore.cli._session import Session, check_same_quantization, choose_device, open_session, prepare, versions
+from crcore.cli._settings import Settings
+
+
+def compare(settings: Settings, *, out: Path, resume: bool) -> None:
+    """Train every method with every seed and show the table."""
+    session = open_session(settings, out=out, resume=resume)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"{title(session.settings.to_dict(), _data(session))}; results go to {out}", highlight=False)
+    records = _train_all(session, console, command="compare")
+    settings_, data = session.settings.to_dict(), _data(session)
+    write_text(out / "table.md", markdown(records, settings_, data))
+    draw_curves(out / "curves.png", records, title(settings_, data))
+    _print_table(console, records, title(settings_, data), notes(settings_, data))
+    console.print(f"wrote {out / 'results.json'}, table.md, curves.png and the checkpoints", highlight=False)
+
+
+def train(settings: Settings, *, out: Path, resume: bool) -> None:
+    """Train one method with one seed and name its checkpoint."""
+    session = open_session(settings, out=out, resume=resume)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    (record,) = _train_all(session, console, command="train")
+    teacher = record["teacher_accuracy"]
+    average = "" if teacher is None else f", its average {teacher:.2f} %"
+    console.print(f"accuracy {record['accuracy']:.2f} %{average}", highlight=False)
+    for checkpoint in record["checkpoints"]:
+        console.print(f"wrote {out / checkpoint}", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    checkpoint: Path,
+    *,
+    data_name: str | None,
+    device_name: str,
+    expected: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Rebuild the network of a checkpoint and measure its accuracy on the test images."""
+    device = choose_device(device_name)
+    tensors, info = read_network(checkpoint)
+    recipe = network_recipe(info, checkpoint)
+    _check_expected(checkpoint, info.model, recipe, expected)
+    data = load_data(data_name or info.data, image_size=info.image_size)
+    found = (len(data.classes), data.channels, data.size)
+    if found != (len(info.classes), info.channels, info.size):
+        raise CommandError(
+            f"{checkpoint} was trained on {len(info.classes)} classes of images {_shape(info.channels, info.size)}; "
+            f"--data {data.name} has {len(data.classes)} classes of {_shape(data.channels, data.size)}; give data like "
+            "those it was trained on"
+        )
+    network = build_model(info.model, num_classes=len(info.classes), in_channels=info.channels, size=info.size)
+    if recipe is not None:
+        network = prepare(network, recipe)
+    load_state(network, tensors, checkpoint)
+    accuracy = Evaluation(data.test, mean=info.mean, std=info.std, device=device).accuracy(network.to(device).eval())
+    if as_json:
+        result = {
+            "checkpoint": str(checkpoint),
+            "accuracy": accuracy,
+            "role": info.role,
+            "model": info.model,
+            "data": data.name,
+            "test_images": len(data.test.labels),
+            "recipe": info.recipe,
+            "versions": {"trained": info.versions, "evaluated": versions()},
+        }
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        sys.stdout.write(
+            f"accuracy {accuracy:.2f} % on {len(data.test.labels)} test images of {data.name} "
+            f"({info.role} network, {info.model})\n"
+        )
+
+
+def _train_all(session: Session, console: Console, *, command: str) -> list[dict[str, Any]]:
+    """Train, and write results.json after every run, so that a long comparison can be looked at while it lasts."""
+    records: list[dict[str, Any]] = []
+    with Progress(console, total_steps(session)) as progress:
+        for record in all_runs(session, progress):
+            records.append(record)
+            results = {
+                "format": 1,
+                "command": command,
+                "complete": len(records) == len(session.settings.seeds) * len(session.settings.methods),
+                "settings": session.settings.to_dict(),
+                "data": _data(session),
+                "versions": session.versions,
+                "runs": records,
+            }
+            write_text(session.out / "results.json", json.dumps(results, indent=2) + "\n")
+    return records
+
+
+def _print_table(console: Console, records: list[dict[str, Any]], caption: str, remarks: list[str]) -> None:
+    table = Table(title=caption, title_justify="left")
+    for column in HEADER[:-1]:  # what differs needs more room than a column of a terminal has
+        table.add_column(column)
+    lines = rows(records)
+    for row in lines:
+        table.add_row(*cells(row)[:-1])
+    console.print(table)
+    for row in lines:
+        console.print(f"{row.method:17} {row.differs}", highlight=False)
+    for remark in remarks:
+        console.print(remark, highlight=False)
+
+
+def _data(session: Session) -> dict[str, Any]:
+    data = session.data
+    return {
+        "name": data.name,
+        "train": len(data.train.labels),
+        "test": len(data.test.labels),
+        "test_source": data.test_source,
+        "classes": list(data.classes),
+        "channels": data.channels,
+        "size": list(data.size),
+        "fingerprint": data.fingerprint,
+    }
+
+
+def _shape(channels: int, size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}x{channels}"
+
+
+def _check_expected(checkpoint: Path, model: str, recipe: cr.Recipe | None, expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint that is not what the user said it is."""
+    if expected["model"] not in (None, model):
+        raise CommandError(f"--model {expected['model']}: {checkpoint} holds a {model}; leave the option out")
+    asked = {name: expected[name] for name in ("quantizer", "weight_bits", "activation_bits")}
+    if all(value is None for value in asked.values()):
+        return
+    if recipe is None or recipe.weights is None or recipe.activations is None:
+        raise CommandError(
+            f"{checkpoint} holds a float network; leave --quantizer, --weight-bits, --activation-bits out"
+        )
+    weights, activations = quantizers(
+        asked["quantizer"] or quantizer_name(recipe),
+        recipe.weights.bits if asked["weight_bits"] is None else asked["weight_bits"],
+        recipe.activations.bits if asked["activation_bits"] is None else asked["activation_bits"],
+    )
+    check_same_quantization(recipe, cr.Recipe(weights, activations), what=str(checkpoint))

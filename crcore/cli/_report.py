@@ -1,0 +1,145 @@
+"""The results as numbers: means, standard deviations, and the gain over plain QAT with its confidence interval."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds, in percent."""
+
+    mean: float
+    std: float | None  # None with one seed
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Mean of the differences by seed, in points, and the half-width of its 95 % t confidence interval."""
+
+    mean: float
+    half: float | None  # None with one seed
+
+    def __str__(self) -> str:
+        if self.half is None:
+            return f"{self.mean:+.2f}"
+        return f"{self.mean:+.2f} [{self.mean - self.half:+.2f}, {self.mean + self.half:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table."""
+
+    method: str
+    student: Spread
+    teacher: Spread | None
+    student_gain: Gain | None  # None where plain QAT was not run, and for qat itself
+    teacher_gain: Gain | None
+    steps: str
+    differs: str
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and sample standard deviation.
+
+    >>> print(spread([90.0, 92.0]))
+    91.00 ± 1.41
+    """
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def gain(differences: Sequence[float]) -> Gain:
+    """Mean and 95 % confidence interval of paired differences, after Student's t with n - 1 degrees of freedom.
+
+    >>> print(gain([1.0, 2.0, 3.0]))
+    +2.00 [-0.48, +4.48]
+    """
+    count = len(differences)
+    if count < 2:
+        return Gain(differences[0], None)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    return Gain(statistics.fmean(differences), half)
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One row for each method, in the order of the runs."""
+    by_method: dict[str, dict[int, Record]] = {}
+    for record in records:
+        by_method.setdefault(record["method"], {})[record["seed"]] = record
+    baseline = by_method.get("qat")
+    return [_row(method, runs, baseline) for method, runs in by_method.items()]
+
+
+def _row(method: str, runs: dict[int, Record], baseline: dict[int, Record] | None) -> Row:
+    def over_qat(column: str) -> Gain | None:
+        if baseline is None or method == "qat" or any(run[column] is None for run in runs.values()):
+            return None
+        return gain([run[column] - baseline[seed]["accuracy"] for seed, run in runs.items()])
+
+    teacher = [run["teacher_accuracy"] for run in runs.values() if run["teacher_accuracy"] is not None]
+    first = next(iter(runs.values()))
+    before = "" if first["float_steps"] == 0 else f"{first['float_steps'] or '?'} + "
+    return Row(
+        method=method,
+        student=spread([run["accuracy"] for run in runs.values()]),
+        teacher=spread(teacher) if teacher else None,
+        student_gain=over_qat("accuracy"),
+        teacher_gain=over_qat("teacher_accuracy"),
+        steps=f"{before}{first['steps']}",
+        differs=first["differs"],
+    )
+
+
+HEADER = ("method", "accuracy %", "average (EMA) %", "gain over qat", "average's gain", "steps", "what differs")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """The row as text, in the order of `HEADER`."""
+    optional = (row.teacher, row.student_gain, row.teacher_gain)
+    return (row.method, str(row.student), *("-" if c is None else str(c) for c in optional), row.steps, row.differs)
+
+
+def title(settings: dict[str, Any], data: dict[str, Any]) -> str:
+    """What was compared, in one sentence."""
+    return (
+        f"{data['name']}, {settings['model']}, {settings['quantizer']} W{settings['weight_bits']}"
+        f"A{settings['activation_bits']}, {settings['labels']} of {data['train']} training images labeled"
+    )
+
+
+def notes(settings: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    """What a reader has to know to judge the numbers."""
+    count = len(settings["seeds"])
+    interval = (
+        f"mean ± standard deviation over {count} seeds; gains are paired differences by seed, in points, "
+        "with their 95 % t confidence interval"
+        if count > 1
+        else "one seed: there is no standard deviation and no confidence interval, and a gain may be chance"
+    )
+    return [
+        f"{interval}.",
+        f"Accuracy on {data['test']} test images ({data['test_source']}), without augmentation; "
+        "the last epoch's network, not the best.",
+        "Steps: optimizer steps of the float network that the run starts from + its own. Float and QAT runs use "
+        f"learning rates of {settings['float_lr']} and {settings['lr']}.",
+        f"Common to all: batch {settings['batch_size']}, the student's {settings['student_view']} views (the same bits "
+        "in every method), SGD with a cosine schedule. The EMA teacher sees "
+        f"{settings['teacher_view']} views of its own.",
+    ]
+
+
+def markdown(records: Sequence[Record], settings: dict[str, Any], data: dict[str, Any]) -> str:
+    """The content of table.md."""
+    lines = [f"# {title(settings, data)}", "", f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    lines += [f"| {' | '.join(cells(row))} |" for row in rows(records)]
+    lines += ["", *(f"- {note}" for note in notes(settings, data)), ""]
+    return "\n".join(lines)

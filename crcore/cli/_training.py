@@ -1,0 +1,142 @@
+"""The training loop (torch): one loop for the float network and for every QAT method."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import crcore_torch as crt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import crcore as cr
+from crcore.cli._batches import Batches
+from crcore.cli._checkpoints import load_progress, save_progress
+from crcore.cli._errors import CommandError
+from crcore.cli._evaluation import Evaluation
+from crcore.cli._methods import Method
+from crcore.cli._progress import Progress
+from crcore.cli._random import seed_of
+
+SHOW_EVERY = 10  # steps; showing a loss waits for the device
+
+
+def train(
+    student: nn.Module,
+    method: Method,
+    *,
+    recipe: cr.Recipe | None,
+    reference: nn.Module | None,
+    batches: Batches,
+    evaluation: Evaluation,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    evaluate_every: int,
+    amp: bool,
+    progress: Progress,
+    progress_file: Path,
+) -> tuple[crt.Teacher | None, dict[str, Any]]:
+    """Train `student` in place and return the averaged teacher, where the method has one, and the record of the run.
+
+    The run continues from `progress_file` where there is one, and ends as it would have ended without the interruption:
+    what a step does depends on the seed, the step and the state in that file.
+
+    Args:
+        student: the network, prepared with `recipe`; in float where the method is "fp32".
+        reference: the frozen float network for distillation.
+        epochs: passes over the labeled images.
+        lr: the peak of a cosine schedule that ends at zero.
+    """
+    device = batches.images.device
+    teacher = crt.Teacher(student, recipe.ema) if recipe and recipe.ema else None
+    consistency = crt.ConsistencyLoss(recipe.consistency) if recipe and recipe.consistency else None
+    groups = crt.parameter_groups(student, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    if teacher is not None:
+        teacher.follow(optimizer)
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
+    modules: dict[str, nn.Module] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    steps = epochs * batches.steps_per_epoch
+    record: dict[str, Any] = {"epochs": epochs, "steps": steps, "seconds": 0.0, "history": []}
+    if progress_file.exists():
+        record = load_progress(progress_file, modules, optimizer)
+    progress.start(steps, done=len(record["history"]) * batches.steps_per_epoch)
+
+    for epoch in range(len(record["history"]), epochs):
+        began = time.perf_counter()
+        student.train()
+        task_sum = torch.zeros((), device=device)
+        consistency_sum = torch.zeros((), device=device)
+        for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+            torch.manual_seed(seed_of(batches.seed, "network", step))  # for random layers such as dropout
+            x, y = batches.student(step, unlabeled=method.unlabeled)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                logits = student(x)
+                target = _target(method, teacher, reference, x, batches, step)
+            logits = logits.float()
+            task = F.cross_entropy(logits[: len(y)], y)
+            term = consistency(logits, target, step=step) if consistency is not None else torch.zeros_like(task)
+            loss = task + term
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+            optimizer.step()
+            task_sum += task.detach()
+            consistency_sum += term.detach()
+            if (step + 1) % SHOW_EVERY == 0:
+                progress.step(epoch + 1, step + 1, task.item(), term.item(), _weight(recipe, step), _decay(teacher))
+            else:
+                progress.advance()
+
+        last = epoch + 1 == epochs
+        measured = last or (epoch + 1) % evaluate_every == 0
+        task_mean = task_sum.item() / batches.steps_per_epoch
+        consistency_mean = consistency_sum.item() / batches.steps_per_epoch
+        if not math.isfinite(task_mean + consistency_mean):
+            raise CommandError(
+                f"{method.name}, seed {batches.seed}: the loss is not a finite number in epoch {epoch + 1}; "
+                f"give a learning rate below {lr} ({'--lr' if method.quantized else '--float-lr'}) and another --out"
+            )
+        entry = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * batches.steps_per_epoch,
+            "task": task_mean,
+            "consistency": consistency_mean,
+            "weight": _weight(recipe, step),
+            "decay": _decay(teacher),
+            "accuracy": evaluation.accuracy(student) if measured else None,
+            "teacher_accuracy": evaluation.accuracy(teacher.model) if measured and teacher is not None else None,
+        }
+        record["history"].append(entry)
+        record["seconds"] += time.perf_counter() - began
+        save_progress(progress_file, modules, optimizer, record)
+        progress.epoch(entry, epochs)
+    if teacher is not None:
+        teacher.eval()
+    student.eval()
+    return teacher, record
+
+
+def _target(
+    method: Method, teacher: crt.Teacher | None, reference: nn.Module | None, x: Tensor, batches: Batches, step: int
+) -> Tensor | None:
+    """The logits that the student is asked to agree with, without a graph."""
+    if method.distillation and reference is not None:
+        with torch.no_grad():
+            logits: Tensor = reference(x)
+        return logits.float()
+    if method.consistency and teacher is not None:
+        averaged: Tensor = teacher(batches.teacher(step, unlabeled=method.unlabeled))
+        return averaged.float()
+    return None
+
+
+def _weight(recipe: cr.Recipe | None, step: int) -> float | None:
+    return float(recipe.consistency.weight_at(step)) if recipe and recipe.consistency else None
+
+
+def _decay(teacher: crt.Teacher | None) -> float | None:
+    return float(teacher.decay) if teacher is not None else None

@@ -1,0 +1,86 @@
+"""README and docs: their Python runs, their commands parse, their links lead somewhere, every name is listed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import crcore_torch
+import pytest
+
+import crcore
+import crcore.testing
+from crcore.cli._arguments import build_parser, settings_from
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+# A block may be preceded by code that readers do not see, or by the reason why it is not run.
+BLOCK = re.compile(
+    r"(?:^<!-- before:\n(?P<before>.*?)^-->\n)?(?P<skip>^<!-- not run: [^\n]*-->\n)?^```python\n(?P<code>.*?)^```$",
+    re.M | re.S,
+)
+CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
+
+
+def blocks(text: str) -> list[tuple[int, str, bool]]:
+    """First line, code, and whether it is run, of each Python block, in order."""
+    found = []
+    for match in BLOCK.finditer(text):
+        for group in ("before", "code"):
+            if match[group] is not None:
+                line = text.count("\n", 0, match.start(group)) + 1
+                found.append((line, match[group], match["skip"] is None))
+    return found
+
+
+@PAGE
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, code, runs in blocks(page.read_text(encoding="utf-8")):
+        compiled = compile("\n" * (line - 1) + code, str(page), "exec")
+        if runs:
+            exec(compiled, namespace)
+
+
+def test_a_block_is_found_with_its_line() -> None:
+    text = "a\n<!-- before:\nx\n-->\n```python\ny\n```\n<!-- not run: slow -->\n```python\nz\n```\n```python\nz\n```\n"
+    assert blocks(text) == [(3, "x\n", True), (6, "y\n", True), (10, "z\n", False), (13, "z\n", True)]
+
+
+@PAGE
+def test_commands_parse(page: Path) -> None:
+    parser = build_parser("0")
+    for block in CONSOLE.findall(page.read_text(encoding="utf-8")):
+        for line in block.splitlines():
+            words = shlex.split(line)
+            if words[0] == "crcore":
+                options = parser.parse_args(words[1:])
+                if options.command != "evaluate":
+                    settings_from(options)
+            elif words[0] == "make":
+                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
+            else:
+                assert words[:2] == ["pip", "install"], line
+
+
+@PAGE
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?://", target):
+            continue
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert heading in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("module", [crcore, crcore_torch, crcore.testing], ids=lambda module: module.__name__)
+def test_every_public_name_is_listed(module: object) -> None:
+    sections = (ROOT / "docs/api.md").read_text(encoding="utf-8").split("\n## ")
+    (section,) = (s for s in sections if s.startswith(f"`{module.__name__}`\n"))
+    listed = {name.strip("`") for row in re.findall(r"^\| \[(.*?)\]", section, re.M) for name in row.split(", ")}
+    assert {name for name in listed if "." not in name} == set(module.__all__)
