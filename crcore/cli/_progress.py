@@ -70,6 +70,7 @@ class Progress:
         if entry["teacher_accuracy"] is not None:
             accuracy.append(f"teacher {entry['teacher_accuracy']:.2f} %")
         self._accuracy = "  ".join(accuracy) or self._accuracy
+        self._bar.update(self._run, state=f"epoch {entry['epoch']}  {_parts(entry)}  {self._accuracy}")
         if not self.console.is_terminal:
             words = [f"{self.title}: epoch {entry['epoch']}/{epochs}", f"step {entry['step']}/{self._steps}"]
             line = "  ".join([*words, _parts(entry), *accuracy])

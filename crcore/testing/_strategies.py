@@ -141,8 +141,8 @@ def lattice_inputs(draw: st.DrawFn, given: Any = None) -> QuantizerCase:
         # tanh is exact at 0 and where it saturates, and nowhere else in common.
         x = rng.choice([0.0, -0.0, 32.0, -32.0, 64.0, *DENORMALS], size=shape)
     elif isinstance(quantizer, DoReFa) and not quantizer.tanh:
-        specials = [1.0, -1.0, 0.5, -0.5, *_neighbours(np.array([1.0, -1.0])), 3.0, -3.0]
-        x = _placed(rng, rng.integers(-160, 161, size=shape) / 128.0, np.array(specials, ndmin=2))
+        fixed = [1.0, -1.0, 0.5, -0.5, *_neighbours(np.array([1.0, -1.0])), 3.0, -3.0]
+        x = _placed(rng, rng.integers(-160, 161, size=shape) / 128.0, np.array(fixed, ndmin=2))
     else:
         low, high = grid.lo - zero_point, grid.hi - zero_point
         k = np.floor(rng.uniform(np.broadcast_to(low - 2, shape), np.broadcast_to(high + 3, shape)))

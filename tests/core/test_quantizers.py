@@ -83,7 +83,8 @@ def test_forward_is_the_papers_formula(name: str, data: st.DataObject) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-300)
     if not isinstance(case.quantizer, cr.DoReFa):  # on the lattice float32 is exact, if the division is a division
         single = case.quantizer.forward(case.x, *case.parameters).reshape(-1)
-        assert np.array_equal(single, np.array(expected, np.float32))
+        is_normal = np.abs(case.x.reshape(-1)) >= 2.0**-126  # below, x / scale may be zero, and its sign is lost
+        assert np.array_equal(single[is_normal], np.array(expected, np.float32)[is_normal])
 
 
 @every(SOME)
