@@ -141,6 +141,10 @@ def test_with_two_optimizers_a_step_is_complete_with_the_second():
     class Apart(Module):
         automatic_optimization = False
 
+        def __init__(self):
+            super().__init__()
+            self.teacher = crt.Teacher(self.student, cr.EMA(0.0))
+
         def training_step(self, batch, index):
             loss = super().training_step(batch, index)
             for optimizer in self.optimizers():
@@ -157,6 +161,7 @@ def test_with_two_optimizers_a_step_is_complete_with_the_second():
     module = Apart()
     fit(module, 1, accumulate_grad_batches=1)
     assert module.teacher.step == 8
+    assert_same_bits(snapshot(module.student), snapshot(module.teacher.model))  # weights and scales of the last step
 
 
 def test_a_teacher_elsewhere_is_found_by_its_name():

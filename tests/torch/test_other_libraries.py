@@ -173,7 +173,7 @@ def test_lambda_zero_is_their_plain_qat_to_the_bit(name):
 
 
 def test_a_brevitas_scale_that_starts_late_is_averaged_from_where_it_starts():
-    """Brevitas learns an activation scale after `collect_stats_steps` batches; before, the parameter is a placeholder."""
+    """Brevitas learns an activation scale after `collect_stats_steps` batches; until then it has a placeholder."""
     import brevitas.nn as qnn
 
     student = nn.Sequential(qnn.QuantReLU(bit_width=4, collect_stats_steps=2), nn.Linear(6, 3))

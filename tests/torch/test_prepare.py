@@ -372,13 +372,9 @@ def test_the_transformer_fast_path_does_not_pass_the_quantizers_by():
     student = crt.prepare(encoder(), recipe(2, skip=("*self_attn",), first_last_bits=None))
     x = torch.randn(2, 5, 8)
     trained = student(x)
-    calls = []
-    for module in student.modules():
-        if isinstance(module, crt.FakeQuantize):
-            module.register_forward_hook(lambda module, args, out: calls.append(module))
+    # No hook may be used to look at this: torch leaves the fast path where there is one.
     with torch.no_grad():
         evaluated = student.eval()(x)
-    assert len(set(calls)) == 8  # two layers, two linears each, weight and input
     torch.testing.assert_close(evaluated, trained, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         teacher, converted = crt.Teacher(student)(x), crt.convert(student)(x)
