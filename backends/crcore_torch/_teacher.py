@@ -87,6 +87,9 @@ class Teacher(nn.Module):
     def follow(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Update after every ``optimizer.step()``; not after a step that a GradScaler skipped.
 
+        Where several optimizers train the student, follow the one that is stepped last: each that is followed makes
+        updates of its own.
+
         Returns:
             a handle whose ``remove()`` ends it.
 
