@@ -9,7 +9,7 @@ import numpy as np
 
 from crcore._divergences import confidence, kl_divergence, same_shape
 from crcore._errors import CRCoreError
-from crcore._schedules import as_schedule
+from crcore._schedules import Constant, as_number, as_schedule
 from crcore._typing import Array, Divergence, Schedule
 
 
@@ -42,12 +42,15 @@ class Consistency:
         if lowest < 0.0:
             raise CRCoreError(f"weight must not be negative, got {self.weight!r}; 0 turns the term off")
         object.__setattr__(self, "weight", schedule)  # one spelling per behaviour: 1.0 is constant(1.0)
-        if isinstance(self.temperature, bool) or not 0.0 < self.temperature < float("inf"):
+        if as_number("temperature", self.temperature) <= 0.0:
             raise CRCoreError(f"temperature must be a finite number above 0, got {self.temperature!r}")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+        if self.threshold is not None and not 0.0 <= as_number("threshold", self.threshold) <= 1.0:
             raise CRCoreError(f"threshold must be None or lie in [0, 1], got {self.threshold!r}")
         if not self.threshold:  # a probability is never below 0: the same as no threshold
             object.__setattr__(self, "threshold", None)
+        if schedule == Constant(0.0):  # off, whatever the divergence
+            for name, default in (("divergence", kl_divergence), ("temperature", 1.0), ("threshold", None)):
+                object.__setattr__(self, name, default)
 
     def weight_at(self, step: Any, *, xp: Any = np) -> Any:
         """lambda at optimizer step ``step``; a number for a number, a tensor for a tensor."""

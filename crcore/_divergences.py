@@ -2,7 +2,8 @@
 
 All take logits of any rank with the classes on ``axis`` and return one value per prediction, the class axis reduced
 away. All are multiplied by ``temperature**2``, so that the gradient keeps its size when the temperature changes (Hinton
-et al., 2015, arXiv 1503.02531, section 2). They are finite for logits of +-1e4, in float16 too.
+et al., 2015, arXiv 1503.02531, section 2). At temperature 1 they are finite for logits of +-1e4, in float16 too; at
+others ``logits / temperature`` or the factor may leave float16's range, so backends compute them in float32.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +63,30 @@ class EMA:
             object.__setattr__(self, "decay", schedule.value)  # EMA(constant(0.9)) == EMA(0.9)
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise CRCoreError(f"warmup must be a whole number of optimizer steps, at least 0, got {self.warmup!r}")
+        if not isinstance(self.quantized, bool):
+            raise CRCoreError(f"quantized must be True or False, got {self.quantized!r}")
+        if isinstance(schedule, Constant):
+            # The cap only rises: a warm-up that outlasts it acts no longer than to where it reaches the decay.
+            object.__setattr__(self, "warmup", int(min(self.warmup, _end_of_cap(schedule.value))))
 
     def decay_at(self, step: Any, *, xp: Any = np) -> Any:
         """The decay of the update that follows ``step`` updates; a number for a number, a tensor for a tensor."""
         decay = self.decay(step, xp=xp) if callable(self.decay) else self.decay
         if not self.warmup:
             return decay
-        cap = (1.0 + step) / (10.0 + step)
+        cap = _cap(step)
         return xp.where((step < self.warmup) & (cap < decay), cap, decay)
+
+
+def _cap(step: Any) -> Any:
+    return (1.0 + step) / (10.0 + step)
+
+
+def _end_of_cap(decay: float) -> float:
+    """The first step at which the cap is no lower than ``decay``."""
+    if decay >= 1.0:
+        return math.inf
+    step = max(0, math.floor((10.0 * decay - 1.0) / (1.0 - decay)) - 1)
+    while _cap(step) < decay:
+        step += 1
+    return step

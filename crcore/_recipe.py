@@ -41,8 +41,9 @@ class LayerQuantizers:
 class Recipe:
     """What is quantized how, plus consistency and EMA. The one description that both backends read.
 
-    Two recipes are equal if and only if they behave the same: choices that depend on the role (signed weights) are
-    filled in, numbers become constant schedules, the order of ``skip`` and ``overrides`` plays no part.
+    Two recipes are equal if and only if they behave the same, on every model: choices that depend on the role (signed
+    weights) are filled in, numbers become constant schedules, what cannot act (a warm-up beyond its cap, the divergence
+    of a zero weight) is dropped, the order of ``skip`` and ``overrides`` plays no part.
 
     Args:
         weights: the quantizer of each layer's weight; None leaves weights in float.
@@ -52,7 +53,7 @@ class Recipe:
             out, which keeps what the layer has without the override, or be None, which leaves that tensor in float.
         skip: layer-name patterns that stay in float.
         consistency: the consistency term; None trains plain QAT.
-        ema: the teacher's average; None for the default `EMA` where a teacher is asked for.
+        ema: the teacher's average; None where there is no teacher.
 
     Patterns are those of `fnmatch` (``*`` crosses dots). One matches a layer by its own name or by that of a module it
     is in, so ``"encoder"`` covers ``"encoder.0.attention"``. An exact name wins over a pattern; a layer that two
@@ -96,6 +97,8 @@ class Recipe:
                 f"overrides maps layer-name patterns to quantizers, got {self.overrides!r}; "
                 "for example overrides={'blocks.*': {'weights': LSQ(bits=8)}}"
             )
+        if not all(isinstance(pattern, str) for pattern in self.overrides):
+            raise CRCoreError(f"overrides maps layer-name patterns (text) to quantizers, got {list(self.overrides)!r}")
         set_(self, "overrides", {pattern: _override(pattern, given) for pattern, given in self.overrides.items()})
         for name, kind in (("consistency", Consistency), ("ema", EMA)):
             if not isinstance(getattr(self, name), kind | None):

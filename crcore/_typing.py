@@ -48,7 +48,8 @@ class Namespace(Protocol):
 class Schedule(Protocol):
     """A number that changes with the optimizer step: ``schedule(step) -> value``.
 
-    ``step`` is a Python int, a NumPy array or a traced tensor; for a tensor the backend passes its namespace as ``xp``.
+    ``step`` is a Python int, a NumPy array or a traced tensor; for a tensor the backend passes its namespace as ``xp``
+    and makes it float32 first (an integer divided by an integer is float64 in TensorFlow).
     """
 
     def __call__(self, step: Any, *, xp: Any = ...) -> Any: ...
@@ -71,6 +72,8 @@ class Quantizer(Protocol):
     as ``*parameters``, in the order of the names in `parameters`; a backend stores them where its users expect them.
     Each has as many dimensions as ``x``, with size 1 along every axis that shares it. Every method takes the array
     namespace as the keyword ``xp`` (in ``options`` here, because only then may an implementation name its parameters).
+    A quantizer that follows the data has one more method, ``observe(x, *parameters, axes, xp) -> parameters``, which
+    backends call for each activation in training, before they quantize it.
     """
 
     if TYPE_CHECKING:  # read-only members: the implementations are frozen dataclasses
@@ -101,7 +104,10 @@ class Quantizer(Protocol):
         ...
 
     def affine(self, *parameters: Any, **options: Any) -> tuple[Array, Array]:
-        """``(scale, zero_point)`` such that ``forward == (codes - zero_point) * scale``, bit for bit."""
+        """``(scale, zero_point)`` such that ``forward == (codes - zero_point) * scale``, bit for bit.
+
+        Numbers instead of arrays where there are no parameters to give them a shape.
+        """
         ...
 
     def forward(self, x: Array, *parameters: Any, **options: Any) -> Array:

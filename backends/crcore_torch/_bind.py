@@ -20,7 +20,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.quantizer, ctx.elements, *tensors = inputs
-        # Only the inputs: everything else is recomputed, which costs less than keeping it (design: few saved tensors).
+        # Only the inputs: everything else is recomputed, which takes less memory than keeping it.
         ctx.save_for_backward(*tensors)
 
     @staticmethod

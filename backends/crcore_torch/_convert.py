@@ -82,13 +82,16 @@ def convert(model: Model) -> Model:
         )
     waiting = [name for name, quantizer in quantizers.items() if not quantizer.initialized]
     if waiting:
-        raise CRCoreError(f"{waiting} have not seen data yet; run a batch in train mode, then convert")
+        raise CRCoreError(
+            f"{waiting} have not seen data yet; run a batch in train mode, then convert. A layer that is never called, "
+            "because the model uses its weight in a function of its own, belongs in Recipe(skip=...)"
+        )
     converted = copy.deepcopy(source).eval().requires_grad_(False)
     shared: dict[tuple[int, int], IntegerWeight] = {}
     for layer in [module for module in converted.modules() if isinstance(module, QuantizedLayer)]:
         _to_integers(layer, shared)
     for module in converted.modules():
-        if isinstance(module, FakeQuantize):
+        if isinstance(module, FakeQuantize) and module.role == "activation":  # a weight's range is its own anyway
             module.freeze()
     return converted.eval()  # type: ignore[return-value]  # once more: the integers are new modules
 

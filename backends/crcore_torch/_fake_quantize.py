@@ -60,7 +60,7 @@ class FakeQuantize(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.quantizer = quantizer.for_role(role)
+        self.quantizer = self._given = quantizer.for_role(role)
         if self.quantizer.per_channel and not shape:
             raise CRCoreError(
                 f"{self.quantizer!r} needs the shape of its scales; give shape=(channels, 1, 1, 1) for a convolution's "
@@ -114,7 +114,7 @@ class FakeQuantize(nn.Module):
             arrays = tuple(_widen(array) for array in self._arrays())
         scale, zero_point = self.quantizer.affine(*arrays, xp=xp)
         scale, zero_point = (torch.as_tensor(value, device=self.initialized.device) for value in (scale, zero_point))
-        return (scale if scale.is_floating_point() else scale.float()), zero_point.round().to(torch.int32)
+        return (scale if scale.is_floating_point() else scale.float()), zero_point.to(torch.int32)
 
     @property
     def scale(self) -> Tensor:
@@ -128,7 +128,14 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> FakeQuantize:
-        """Set the arrays from the data ``x``, now; returns itself."""
+        """Set the arrays from the data ``x``, now; returns itself.
+
+        Raises:
+            CRCoreError: ``x`` is empty, or holds NaN or infinity.
+        """
+        if x.numel() == 0 or not bool(x.isfinite().all()):
+            what = "an empty tensor" if x.numel() == 0 else "a tensor with NaN or infinity"
+            raise CRCoreError(f"{self._where()} cannot take its scale from {what}; give it a batch of real data first")
         if self.quantizer.signed is None:
             signed = (x < 0).any().to(torch.float32)
             self.signed.fill_(int(mean_over_replicas(signed) > 0))
@@ -140,7 +147,10 @@ class FakeQuantize(nn.Module):
         return self
 
     def freeze(self, frozen: bool = True) -> FakeQuantize:
-        """Stop observing (MinMax): the ranges stay as they are, also in training. Saved; returns itself."""
+        """Stop observing (MinMax): the ranges stay as they are, also in training. Saved; returns itself.
+
+        A weight's range stays that of its last forward in train mode.
+        """
         self.frozen.fill_(frozen)
         self._read_flags()
         return self
@@ -202,7 +212,7 @@ class FakeQuantize(nn.Module):
         return x.numel() // arrays[0].numel() if arrays else x.numel()
 
     def _initialize_from_first_batch(self, x: Tensor) -> None:
-        where = f"quantizer {self.name!r}" if self.name else "this FakeQuantize"
+        where = self._where()
         if torch.compiler.is_compiling():
             raise CRCoreError(f"{where} is not initialized; run one batch in train mode before the compiled call")
         if not self.training:
@@ -212,15 +222,24 @@ class FakeQuantize(nn.Module):
             )
         self.initialize(x)
 
+    def _where(self) -> str:
+        return f"quantizer {self.name!r}" if self.name else "this FakeQuantize"
+
     def _read_flags(self) -> None:
         """Mirror the saved flags in Python, where reading them costs no device synchronisation and breaks no graph."""
         self._initialized = bool(self.initialized)
         self._frozen = bool(self.frozen)
-        if int(self.signed) != _UNKNOWN_SIGN:
-            self.quantizer = replace(self.quantizer, signed=bool(self.signed))  # type: ignore[type-var]
+        if self._given.signed is None:
+            sign = None if int(self.signed) == _UNKNOWN_SIGN else bool(self.signed)
+            self.quantizer = replace(self._given, signed=sign)  # type: ignore[type-var]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        signed = state_dict.get(prefix + "signed")
+        if signed is not None and self._given.signed not in (None, bool(signed)):
+            error_messages = args[-1]
+            error_messages.append(f"{prefix}signed: the saved quantizer is another than {self._given!r}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_flags()
 
 

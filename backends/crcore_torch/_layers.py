@@ -52,9 +52,14 @@ class _InputQuantized:
         _parameters: dict[str, Any]
         input_quantizer: nn.Module
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward, on its quantized input."""
-        return super().forward(self.input_quantizer(input), *args, **kwargs)  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on its quantized input: the first argument, or the keyword ``input``."""
+        if args:
+            args = (self.input_quantizer(args[0]), *args[1:])
+        elif kwargs:
+            name = "input" if "input" in kwargs else next(iter(kwargs))  # subclasses name it as they like
+            kwargs[name] = self.input_quantizer(kwargs[name])
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy are told how to make it again.

@@ -59,13 +59,13 @@ class ConsistencyLoss(nn.Module):
             CRCoreError: not tensors, shapes that differ, the teacher's logits given as the student's, or swapped.
         """
         _check(student, teacher)
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         traced = isinstance(step, Tensor)
         weight = self.consistency.weight_at(step.float(), xp=xp) if traced else self.consistency.weight_at(step)  # type: ignore[union-attr]
         if not isinstance(weight, Tensor):
             weight = float(weight)
             if weight == 0.0:  # plain QAT, to the bit: no graph, and no 0 * inf
-                return student.new_zeros(())
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+                return student.new_zeros((), dtype=dtype)
         distance = self.consistency.distance(
             student.to(dtype),
             teacher.detach().to(dtype),

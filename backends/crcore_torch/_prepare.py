@@ -129,6 +129,8 @@ def _unfit(layer: nn.Module) -> str | None:
         return f"its weight is {weight.dtype}"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its weight in forward; use an Embedding without it"
+    if getattr(layer, "sparse", False):
+        return "sparse=True asks for gradients that a quantizer cannot give; use sparse=False"
     return None
 
 

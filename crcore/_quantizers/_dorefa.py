@@ -64,7 +64,8 @@ class DoReFa:
     def for_role(self, role: Role) -> Self:
         """tanh-normalised for weights, clipped for activations."""
         tanh = role == "weight" if self.tanh is None else self.tanh
-        return replace(self, tanh=tanh, signed=True if tanh else self.signed)  # tanh-normalised codes are always signed
+        # One spelling per behaviour: tanh-normalised codes are signed, and clipped activations share one fixed range.
+        return replace(self, tanh=tanh, signed=True if tanh else self.signed, per_channel=tanh and self.per_channel)
 
     def init(self, x: Array, *, axes: tuple[int, ...], xp: Any = np) -> tuple[Array, ...]:
         """``(norm,)`` of the weights ``x``, reduced over ``axes``; ``()`` for activations."""

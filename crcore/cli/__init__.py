@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] == "crcore":
             raise
         return _fail(f"the package {error.name!r} is missing; install the command with: pip install 'crcore[cli]'")
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        return 1
     except OSError as error:
         return _fail(
             f"{error.filename or 'file'}: {error.strerror or error}; check the path, its rights and free space"

@@ -215,7 +215,11 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     else:
         group.add_argument("--method", choices=tuple(METHODS), default="qat+cr", help="which method")
         group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, labels, order and views")
-        group.add_argument("--init", metavar="CHECKPOINT", help="start from this float network instead of training one")
+        group.add_argument(
+            "--init",
+            metavar="CHECKPOINT",
+            help="start from this checkpoint, float or of the same recipe, instead of training a float network",
+        )
     group.add_argument("--epochs", type=int, default=60, metavar="N", help="passes of QAT over the labeled images")
     group.add_argument("--float-epochs", type=int, metavar="N", help="of the float network; default: as --epochs")
     group.add_argument("--batch-size", type=int, default=64, metavar="N", help="labeled images in a step")

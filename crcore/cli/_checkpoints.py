@@ -47,9 +47,14 @@ def read_network(path: Path) -> tuple[dict[str, Tensor], NetworkInfo]:
         raise CommandError(
             f"{path} holds the state of an unfinished run, not a network; give a float, student or teacher.safetensors"
         )
-    for name in ("classes", "size", "mean", "std"):
-        metadata[name] = tuple(metadata[name])
-    return tensors, NetworkInfo(**metadata)
+    try:
+        for name in ("classes", "size", "mean", "std"):
+            metadata[name] = tuple(metadata[name])
+        return tensors, NetworkInfo(**metadata)
+    except (KeyError, TypeError) as error:
+        raise CommandError(
+            f"{path}: its metadata are not those of this version of crcore ({one_line(error)}); train again"
+        ) from error
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -134,5 +139,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if text is None:
         raise CommandError(f"{path} has no crcore metadata; only checkpoints that crcore wrote can be used here")
-    metadata: dict[str, Any] = json.loads(text)
+    try:
+        metadata: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"{path}: its metadata are damaged ({one_line(error)}); train again") from error
     return tensors, metadata

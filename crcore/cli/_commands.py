@@ -20,7 +20,7 @@ from crcore.cli._recipes import quantizer_name, quantizers
 from crcore.cli._report import HEADER, cells, markdown, notes, rows, title
 from crcore.cli._runs import all_runs, total_steps
 from crcore.cli._session import Session, check_same_quantization, choose_device, open_session, prepare, versions
-from crcore.cli._settings import Settings
+from crcore.cli._settings import Settings, check_bits
 
 
 def compare(settings: Settings, *, out: Path, resume: bool) -> None:
@@ -146,6 +146,7 @@ def _shape(channels: int, size: tuple[int, int]) -> str:
 
 def _check_expected(checkpoint: Path, model: str, recipe: cr.Recipe | None, expected: dict[str, Any]) -> None:
     """Refuse a checkpoint that is not what the user said it is."""
+    check_bits(expected["weight_bits"], expected["activation_bits"])
     if expected["model"] not in (None, model):
         raise CommandError(f"--model {expected['model']}: {checkpoint} holds a {model}; leave the option out")
     asked = {name: expected[name] for name in ("quantizer", "weight_bits", "activation_bits")}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import crcore as cr
+from crcore.cli._errors import CommandError
 from crcore.cli._methods import Method
 from crcore.cli._settings import QUANTIZERS, Settings
 
@@ -36,7 +37,13 @@ def quantizer_name(recipe: cr.Recipe) -> str:
     """The `--quantizer` name that gives the quantizers of a recipe, at the recipe's bits."""
     bare = replace(recipe, consistency=None, ema=None)
     bits = [quantizer.bits for quantizer in (recipe.weights, recipe.activations) if quantizer is not None]
-    return next(name for name in QUANTIZERS if cr.Recipe(*quantizers(name, *bits)) == bare)
+    found = (name for name in QUANTIZERS if cr.Recipe(*quantizers(name, *bits)) == bare)
+    name = next(found, None)
+    if name is None:
+        raise CommandError(
+            f"the checkpoint's recipe is none of --quantizer {', '.join(QUANTIZERS)}; leave the option out"
+        )
+    return name
 
 
 def build_recipe(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:

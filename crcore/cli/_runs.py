@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from crcore.cli._checkpoints import load_state, read_network, save_network, write_text
+from crcore.cli._errors import CommandError, one_line
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._progress import Progress
 from crcore.cli._session import Session, load_init, prepare, recipe_of
@@ -31,6 +32,10 @@ def total_steps(session: Session) -> int:
     train_float = not quantized or settings.init is None
     epochs = settings.epochs * len(quantized) + settings.float_epochs * train_float
     return epochs * per_epoch * len(settings.seeds)
+
+
+# What the reports need of a finished run.
+RECORDED = {"seed", "method", "differs", "accuracy", "teacher_accuracy", "float_steps", "steps", "history"}
 
 
 class SeedRuns:
@@ -127,7 +132,18 @@ class SeedRuns:
         file = folder / "run.json"
         if not file.exists():
             return folder, None
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            missing = RECORDED - set(record)
+        except (ValueError, TypeError) as error:
+            raise CommandError(
+                f"--resume: {file} is damaged ({one_line(error)}); delete the folder {folder} to train that run again"
+            ) from error
+        if missing:
+            raise CommandError(
+                f"--resume: {file} is damaged ({', '.join(sorted(missing))} missing); "
+                f"delete the folder {folder} to train that run again"
+            )
         self.progress.skip(record["steps"])
         return folder, record
 

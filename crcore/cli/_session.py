@@ -63,7 +63,7 @@ class Session:
             in_channels=self.data.channels,
             size=self.data.size,
         )
-        # Measured on one and two CPU threads: a resnet step takes 15 to 60 % less time in channels_last.
+        # The memory format in which convolutions are fastest, on CPUs and on GPUs.
         return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def info(self, role: str, recipe: cr.Recipe | None) -> NetworkInfo:

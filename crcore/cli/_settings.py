@@ -45,9 +45,7 @@ class Settings:
     amp: bool
 
     def __post_init__(self) -> None:
-        for option, value in (("--weight-bits", self.weight_bits), ("--activation-bits", self.activation_bits)):
-            if not 1 <= value <= 16:
-                raise CommandError(f"{option} must be between 1 and 16, got {value}; 4 is a good start")
+        check_bits(self.weight_bits, self.activation_bits)
         counts = {
             "--epochs": self.epochs,
             "--float-epochs": self.float_epochs,
@@ -87,6 +85,13 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def check_bits(weight_bits: int | None, activation_bits: int | None) -> None:
+    """Refuse widths that no quantizer has; None is "not given"."""
+    for option, value in (("--weight-bits", weight_bits), ("--activation-bits", activation_bits)):
+        if value is not None and not 1 <= value <= 16:
+            raise CommandError(f"{option} must be between 1 and 16, got {value}; 4 is a good start")
 
 
 def check_same_settings(stored: dict[str, Any], asked: dict[str, Any], *, folder: str) -> None:

@@ -25,7 +25,7 @@ def process(out: Path, *more: str) -> "subprocess.Popen[str]":
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     running = process(out)
-    assert running.communicate(timeout=120)[1] == ""
+    assert running.communicate(timeout=300)[1] == ""
     assert running.returncode == 0
     return out
 
@@ -62,7 +62,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(undisturbed: Path, tmp_path: Pat
     assert not (out / "table.md").exists()
 
     resumed = process(out, "--resume")
-    printed, err = resumed.communicate(timeout=120)
+    printed, err = resumed.communicate(timeout=300)
     assert (resumed.returncode, err) == (0, "")
     assert "continues after step" in printed
 
@@ -92,6 +92,18 @@ def test_a_temporary_file_of_a_killed_run_does_no_harm(crcore, tmp_path) -> None
     outcome = crcore(*arguments, "--resume")
     assert outcome.status == 0, outcome.err
     assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", ['{"seed": 0, "meth', "{}", "3", "[]"])
+def test_a_damaged_record_is_named_with_the_way_out(crcore, tmp_path, content) -> None:
+    arguments = ("compare", "--methods", "fp32", "--seeds", 1, "--epochs", 1, "--out", tmp_path / "out")
+    assert crcore(*arguments).status == 0
+    record = tmp_path / "out/seed0/fp32/run.json"
+    record.write_text(content)
+    outcome = crcore(*arguments, "--resume")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert str(record) in outcome.err
+    assert "delete the folder" in outcome.err
 
 
 def test_methods_and_seeds_may_be_added(crcore, tmp_path) -> None:

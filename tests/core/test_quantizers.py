@@ -15,7 +15,7 @@ from crcore.testing import QUANTIZERS, QuantizerCase, free_inputs, lattice_input
 
 LEARNED = [name for name, q in QUANTIZERS.items() if q.learned and q.bits in (1, 2, 3, 4, 8)]
 SOME = [name for name, q in QUANTIZERS.items() if q.bits in (1, 2, 3, 4, 8, 16)]
-FEW = settings(max_examples=8)
+FEW = settings(max_examples=6)
 MANY = settings(max_examples=150)
 
 

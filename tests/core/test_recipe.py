@@ -267,3 +267,40 @@ def test_from_dict_leaves_its_argument_alone() -> None:
     before = copy.deepcopy(data)
     cr.Recipe.from_dict(data)
     assert data == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (cr.EMA(0.99, warmup=1_000), cr.EMA(0.99, warmup=2_000)),  # the cap passes 0.99 at step 890
+        (cr.EMA(0.05, warmup=10), cr.EMA(0.05)),  # the cap is never below 0.1
+        (cr.Consistency(cr.kl_divergence, weight=0.0), cr.Consistency(cr.js_divergence, weight=0, temperature=2.0)),
+        (cr.DoReFa(4, per_channel=True).for_role("activation"), cr.DoReFa(4).for_role("activation")),
+    ],
+)
+def test_what_cannot_act_plays_no_part_in_equality(one, other) -> None:
+    assert one == other
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999])
+def test_dropping_the_idle_part_of_a_warm_up_changes_no_decay(decay) -> None:
+    shortened = cr.EMA(decay, warmup=100_000)
+    for step in [*range(1_000), shortened.warmup - 1, shortened.warmup, shortened.warmup + 1, 99_999]:
+        if step >= 0:
+            assert shortened.decay_at(step) == min(decay, (1 + step) / (10 + step))
+    assert cr.EMA(decay, warmup=20) != cr.EMA(decay, warmup=10) or decay <= 11 / 20
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: cr.EMA(quantized="no"),
+        lambda: cr.Consistency(temperature="hot"),
+        lambda: cr.Consistency(threshold="high"),
+        lambda: cr.MinMax(4, momentum="slow"),
+        lambda: cr.Recipe(cr.LSQ(4), None, overrides={3: {"weights": None}}),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_a_clear_error(make) -> None:
+    with pytest.raises(cr.CRCoreError):
+        make()

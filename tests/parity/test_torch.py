@@ -74,10 +74,10 @@ class BlockedAdapter(TorchAdapter):
 
 
 class StridedAdapter(TorchAdapter):
-    """An input with gaps, and a cotangent that lies in memory in another order."""
+    """A cotangent that lies in memory in another order than the input."""
 
     def quantize(self, quantizer: Any, x: Any, parameters: Any, cotangent: Any, elements: float) -> Any:
-        inner = torch.stack([_tensor(x), _tensor(x)], dim=-1)[..., 0].requires_grad_()
+        inner = self.input(_tensor(x)).requires_grad_()
         stored = tuple(_tensor(parameter, grad=quantizer.learned) for parameter in parameters)
         y = fake_quantize(inner, quantizer, stored, elements)
         reordered = torch.empty(cotangent.shape[::-1]).permute(*range(cotangent.ndim)[::-1])
@@ -85,6 +85,16 @@ class StridedAdapter(TorchAdapter):
             y, (inner, *stored) if quantizer.learned else (inner,), reordered.copy_(_tensor(cotangent))
         )
         return y.detach().numpy(), gradients[0].numpy(), tuple(gradient.numpy() for gradient in gradients[1:])
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class GappedAdapter(StridedAdapter):
+    """An input with gaps besides."""
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, x], dim=-1)[..., 0]
 
 
 class ChannelsLastAdapter(TorchAdapter):
@@ -101,7 +111,9 @@ class ChannelsLastAdapter(TorchAdapter):
 
 
 @pytest.mark.parametrize(
-    "adapter", [BlockedAdapter(), StridedAdapter(), ChannelsLastAdapter()], ids=lambda a: type(a).__name__
+    "adapter",
+    [BlockedAdapter(), StridedAdapter(), GappedAdapter(), ChannelsLastAdapter()],
+    ids=lambda a: type(a).__name__,
 )
 @pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.bits == 3])
 def test_memory_layout_changes_nothing(adapter: Any, name: str) -> None:

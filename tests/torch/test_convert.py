@@ -198,3 +198,27 @@ def test_torch_export_computes_the_same(form):
     x = images(4, seed=9)[0]
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x), rtol=0, atol=0)
+
+
+class _Functional(nn.Module):
+    """Quantizes a matrix of its own, as the message of prepare says."""
+
+    def __init__(self, quantizer):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 4))
+        self.quantize = crt.FakeQuantize(quantizer, role="weight").initialize(self.matrix)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(nn.functional.linear(x, self.quantize(self.matrix)))
+
+
+@pytest.mark.parametrize("quantizer", [cr.MinMax(4), cr.DoReFa(4), cr.LSQ(4)])
+def test_a_matrix_of_the_users_own_that_moved_since_the_last_forward_converts_exactly(quantizer):
+    student = crt.prepare(_Functional(quantizer), cr.Recipe(cr.LSQ(4), cr.LSQ(4), skip="matrix"))
+    x = torch.randn(16, 4)
+    student(x)
+    with torch.no_grad():
+        student.matrix.mul_(1.3).add_(0.1)
+    student.eval()
+    assert torch.equal(crt.convert(student)(x), student(x))

@@ -261,3 +261,24 @@ def test_repeating_the_batch_repeats_the_gradient_of_an_activations_scale():
         nn.functional.cross_entropy(student(x.repeat(times, 1)), y.repeat(times)).backward()
         gradients.append(student[2].input_quantizer._parameters["scale"].grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(0, 4), torch.full((2, 4), torch.nan), torch.tensor([[1.0, torch.inf]])])
+def test_no_scale_is_taken_from_nothing_or_from_infinity(x):
+    quantize = crt.FakeQuantize(cr.LSQ(4))
+    with pytest.raises(cr.CRCoreError, match="cannot take its scale"):
+        quantize(x)
+    assert not quantize.initialized
+
+
+def test_a_saved_sign_that_contradicts_the_quantizer_is_refused():
+    saved = crt.FakeQuantize(cr.LSQ(2)).initialize(torch.randn(8, 4)).state_dict()
+    with pytest.raises(RuntimeError, match="another than"):
+        crt.FakeQuantize(cr.LSQ(2, signed=False)).load_state_dict(saved)
+
+
+def test_loading_an_uninitialized_state_forgets_the_sign():
+    quantize = crt.FakeQuantize(cr.LSQ(2)).initialize(torch.rand(8, 4))
+    quantize.load_state_dict(crt.FakeQuantize(cr.LSQ(2)).state_dict())
+    quantize(torch.tensor([[-1.0, 1.0]]))
+    assert quantize.quantizer.signed

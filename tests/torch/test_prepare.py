@@ -380,3 +380,22 @@ def test_the_transformer_fast_path_does_not_pass_the_quantizers_by():
         teacher, converted = crt.Teacher(student)(x), crt.convert(student)(x)
     assert torch.equal(teacher, evaluated)
     assert torch.equal(converted, evaluated)
+
+
+class _NamedOtherwise(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(("layer", "keyword"), [(nn.Linear(4, 3), "input"), (_NamedOtherwise(4, 3), "x")])
+def test_a_layer_may_be_called_by_keyword(layer, keyword):
+    student = crt.prepare(layer, cr.Recipe(cr.LSQ(4), cr.LSQ(2), first_last_bits=None))
+    x = torch.randn(8, 4)
+    assert torch.equal(student(x), student(**{keyword: x}))
+    assert not torch.equal(student(x), nn.functional.linear(x, student.weight, student.bias))
+
+
+def test_a_sparse_embedding_is_refused_by_name():
+    net = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 2))
+    with pytest.raises(cr.CRCoreError, match=r"'0' \(Embedding\): sparse=True"):
+        crt.prepare(net, cr.Recipe(cr.LSQ(4), cr.LSQ(4)))
