@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from crcore._divergences import confidence, kl_divergence, same_shape
 from crcore._errors import CRCoreError
-from crcore._schedules import Constant, as_number, as_schedule
+from crcore._schedules import Constant, as_schedule
 from crcore._typing import Array, Divergence, Schedule
 
 
@@ -42,9 +43,9 @@ class Consistency:
         if lowest < 0.0:
             raise CRCoreError(f"weight must not be negative, got {self.weight!r}; 0 turns the term off")
         object.__setattr__(self, "weight", schedule)  # one spelling per behaviour: 1.0 is constant(1.0)
-        if as_number("temperature", self.temperature) <= 0.0:
+        if not _is_number(self.temperature) or not 0.0 < self.temperature < math.inf:
             raise CRCoreError(f"temperature must be a finite number above 0, got {self.temperature!r}")
-        if self.threshold is not None and not 0.0 <= as_number("threshold", self.threshold) <= 1.0:
+        if self.threshold is not None and not (_is_number(self.threshold) and 0.0 <= self.threshold <= 1.0):
             raise CRCoreError(f"threshold must be None or lie in [0, 1], got {self.threshold!r}")
         if not self.threshold:  # a probability is never below 0: the same as no threshold
             object.__setattr__(self, "threshold", None)
@@ -99,3 +100,7 @@ class Consistency:
         """``weight_at(step) * distance(...)``, 0-d. Arguments as there; ``step``: optimizer steps made so far."""
         distance = self.distance(student, teacher, axis=axis, sample_weight=sample_weight, xp=xp)
         return self.weight_at(step, xp=xp) * distance
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

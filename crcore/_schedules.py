@@ -23,7 +23,7 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", as_number("value", self.value))
+        object.__setattr__(self, "value", _number("value", self.value))
 
     def __call__(self, step: Any, *, xp: Any = np) -> Any:
         return self.value
@@ -44,7 +44,7 @@ class Ramp:
         if self.shape not in ("linear", "sigmoid", "cosine"):
             raise CRCoreError(f"a ramp is linear, sigmoid or cosine, got {self.shape!r}")
         for name in ("peak", "start"):
-            object.__setattr__(self, name, as_number(name, getattr(self, name)))
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
         _steps("steps", self.steps, least=1)
         _steps("hold", self.hold, least=0)
         if self.down is not None:
@@ -126,7 +126,7 @@ def cosine_ramp(peak: float, steps: int, *, start: float = 0.0, hold: int = 0, d
 
 def as_schedule(name: str, value: float | Schedule) -> Schedule:
     """A number as a constant schedule; a schedule as it is. ``name`` is the argument that an error should name."""
-    return value if callable(value) else Constant(as_number(name, value))
+    return value if callable(value) else Constant(_number(name, value))
 
 
 def _ramp(shape: Any, peak: float, steps: int, start: float, hold: int, down: int | None) -> Schedule:
@@ -135,7 +135,7 @@ def _ramp(shape: Any, peak: float, steps: int, start: float, hold: int, down: in
     return Constant(ramp.peak) if ramp.peak == ramp.start else ramp
 
 
-def as_number(name: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise CRCoreError(f"{name} must be a finite number or a schedule such as linear_ramp(...), got {value!r}")
     return float(value)

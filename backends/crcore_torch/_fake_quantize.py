@@ -135,7 +135,7 @@ class FakeQuantize(nn.Module):
         """
         if x.numel() == 0 or not bool(x.isfinite().all()):
             what = "an empty tensor" if x.numel() == 0 else "a tensor with NaN or infinity"
-            raise CRCoreError(f"{self._where()} cannot take its scale from {what}; give it a batch of real data first")
+            raise CRCoreError(f"{self._label()} cannot take its scale from {what}; give it a batch of real data first")
         if self.quantizer.signed is None:
             signed = (x < 0).any().to(torch.float32)
             self.signed.fill_(int(mean_over_replicas(signed) > 0))
@@ -212,7 +212,7 @@ class FakeQuantize(nn.Module):
         return x.numel() // arrays[0].numel() if arrays else x.numel()
 
     def _initialize_from_first_batch(self, x: Tensor) -> None:
-        where = self._where()
+        where = self._label()
         if torch.compiler.is_compiling():
             raise CRCoreError(f"{where} is not initialized; run one batch in train mode before the compiled call")
         if not self.training:
@@ -222,7 +222,7 @@ class FakeQuantize(nn.Module):
             )
         self.initialize(x)
 
-    def _where(self) -> str:
+    def _label(self) -> str:
         return f"quantizer {self.name!r}" if self.name else "this FakeQuantize"
 
     def _read_flags(self) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from crcore._errors import CRCoreError
 from crcore._grid import IntGrid
 from crcore._quantizers._arithmetic import affine_codes, check_fields, grid_of, inside_grid, positive, scale_of_range
-from crcore._schedules import as_number
 from crcore._typing import Array, Role
 
 
@@ -50,7 +49,7 @@ class MinMax:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0.0 <= as_number("momentum", self.momentum) < 1.0:
+        if not isinstance(self.momentum, (int, float)) or not 0.0 <= self.momentum < 1.0:
             raise CRCoreError(f"momentum must lie in [0, 1), got {self.momentum!r}; 0.9 is usual")
 
     @property
