@@ -146,3 +146,11 @@ def test_an_output_object_is_refused_with_the_way_to_its_logits():
 def test_it_takes_a_consistency(given):
     with pytest.raises(cr.CRCoreError, match=r"takes a crcore.Consistency"):
         crt.ConsistencyLoss(given)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize(("logits", "expected"), [(torch.float16, torch.float32), (torch.float64, torch.float64)])
+def test_the_term_has_one_dtype_whatever_lambda_is(weight, logits, expected):
+    loss = crt.ConsistencyLoss(cr.Consistency(weight=weight))
+    student, teacher = torch.randn(2, 4, 3).to(logits)
+    assert loss(student, teacher, step=0).dtype == expected
