@@ -113,9 +113,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """What decides a result to the last bit, beside the settings: versions, and how many threads share a sum."""
     packages = {name: importlib.metadata.version(name) for name in ("crcore", "torch", "numpy", "kornia")}
-    return {"python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), **packages, "cpu threads": str(torch.get_num_threads())}
 
 
 def _decide(settings: Settings, data: ImageData, device: torch.device) -> Settings:
