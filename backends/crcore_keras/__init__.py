@@ -1,0 +1,25 @@
+"""Keras 3 backend of crcore: quantization-aware training with consistency regularization through ``fit()``.
+
+It runs on whatever engine Keras runs on: TensorFlow, JAX or torch.
+
+model = crk.ConsistencyModel(crk.prepare(net, recipe), recipe, augment=augment)
+model.compile(optimizer, loss, metrics)
+model.fit(train, validation_data=test, callbacks=[crk.ConsistencyCallback(evaluate="teacher")])
+crk.convert(model.teacher)                         # integers, scales, zero points
+"""
+
+from crcore_keras._callback import ConsistencyCallback as ConsistencyCallback
+from crcore_keras._consistency_model import ConsistencyModel as ConsistencyModel
+from crcore_keras._convert import convert as convert
+from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
+from crcore_keras._integers import IntegerWeight as IntegerWeight
+from crcore_keras._prepare import prepare as prepare
+
+__all__ = [
+    "ConsistencyCallback",
+    "ConsistencyModel",
+    "FakeQuantize",
+    "IntegerWeight",
+    "convert",
+    "prepare",
+]

@@ -1,0 +1,390 @@
+"""`ConsistencyModel`: the method through ``fit()``. Everything it does in a step lives inside the compiled step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import keras
+from keras import ops
+
+from crcore import EMA, CRCoreError, Recipe
+from crcore_keras._data import LABELED, UNLABELED, has_unlabeled, with_unlabeled
+from crcore_keras._fake_quantize import FakeQuantize
+from crcore_keras._layers import PACKAGE, quantizers_in
+from crcore_keras._logits import logits_function
+from crcore_keras._loss import consistency_loss, ema_update_
+from crcore_keras._model import calibrate, first_batch, is_calibrated, recompile, spare_scales
+from crcore_keras._prepare import copied
+from crcore_keras._xp import xp
+
+Network = Literal["student", "teacher", "both"]
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class ConsistencyModel(keras.Model):
+    """Train a quantized student to agree with its own moving average on another view of each input.
+
+        loss = task(student(a(x)), y) + lambda(t) * D(student(a(x)) || teacher(b(x)))
+
+    In training the model is the student on one view; in ``evaluate`` and ``predict`` it is the student on the input
+    itself, at no cost for the teacher. ``compile`` and ``fit`` are Keras', with one more argument, ``unlabeled``.
+
+    Step t's teacher includes the student after step t - 1; BatchNorm statistics and observed ranges are averaged like
+    the weights, other state is copied. The teacher is in inference mode and quantized with its own averaged scales. A
+    step is an optimizer step, however many batches ``gradient_accumulation_steps`` gathers for it (one that loss
+    scaling skips counts too). ``sample_weight`` and ``class_weight`` act on the task loss alone.
+
+    Args:
+        student: a model from `prepare`. Its output is taken for logits, or, where its last layer is a softmax, for
+            probabilities.
+        recipe: whose ``consistency`` and ``ema`` are used. Without ``consistency`` this is QAT, with an average where
+            ``ema`` is given.
+        augment: a layer, or a function of a batch, applied twice with independent draws. None: the training data yield
+            both views, ``((view, other_view), y)``.
+        output: the name of the output that is held to the teacher, of a model with several.
+        teacher: a frozen float network to distill from, in place of the average: it sees the student's own view.
+
+    Attributes:
+        student: the trained network.
+        teacher: the averaged network, an ordinary model, compiled like this one; None where there is none.
+        step: optimizer steps that the average includes; what the lambda schedule takes.
+
+    Raises:
+        CRCoreError: the student is not prepared, the recipe asks for what cannot be, or ``output`` is no output.
+
+    >>> import crcore as cr, keras
+    >>> net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(2)])
+    >>> recipe = cr.Recipe(cr.LSQ(4), cr.LSQ(4), consistency=cr.Consistency(), ema=cr.EMA(0.9))
+    >>> model = ConsistencyModel(prepare(net, recipe), recipe, augment=keras.layers.GaussianNoise(0.1))
+    >>> model.step
+    0
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        recipe: Recipe,
+        augment: Any = None,
+        *,
+        output: str | None = None,
+        teacher: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        _check(student, recipe, augment, teacher)
+        self.student = student
+        self.recipe = recipe
+        self.augment = augment
+        self._output = output
+        self._distills = teacher is not None
+        self._ema = None if self._distills else recipe.ema or (EMA() if recipe.consistency else None)
+        self.teacher = teacher
+        if self._ema is not None:
+            self.teacher = copied(student)
+            for quantizer in quantizers_in(self.teacher):
+                quantizer.enabled = self._ema.quantized
+        if self.teacher is not None:
+            self.teacher.trainable = False
+        self._logits = logits_function(student, output)
+        self._teacher_logits = logits_function(self.teacher, output) if self.teacher is not None else None
+        if hasattr(student, "output_names"):  # by which Keras finds losses and metrics of several outputs
+            self.output_names = student.output_names
+        # Counted here, because an optimizer's own counter cannot be read inside of a compiled step on JAX.
+        self._updates, self._batches = (
+            self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=counter)
+            for counter in ("optimizer_steps", "batches")
+        )
+        self._batches_per_step = 1
+        names = ["task_loss", "consistency_loss", "lambda"] if recipe.consistency is not None else []
+        self._logged = {name: _Latest(name) for name in names + (["decay"] if self._ema is not None else [])}
+        for name in names[:2]:
+            self._logged[name] = keras.metrics.Mean(name)
+        self._in_training = False
+        self.validates: Network = "student"  # what fit() evaluates; set by ConsistencyCallback
+        self._view = _Scratch()
+        self.built = True
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the average includes."""
+        return int(ops.convert_to_numpy(self._updates))
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the teacher is the student's moving average."""
+        return self._ema is not None
+
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **options: Any) -> None:
+        """As `keras.Model.compile`; keeps weight decay away from scales, and compiles the teacher for evaluation."""
+        super().compile(optimizer, loss, **options)
+        spare_scales(self, self.optimizer)
+        if self._ema is not None:
+            for_networks = {key: keras.tree.map_structure(_fresh, options[key]) for key in options if "metrics" in key}
+            self.teacher.compile("sgd", loss, **(options | for_networks))
+        self.update_teacher()  # what an earlier optimizer did
+        self._batches_per_step = getattr(self.optimizer, "gradient_accumulation_steps", None) or 1
+        self._batches.assign(self._updates * self._batches_per_step)
+
+    def compile_from_config(self, config: Any) -> None:
+        """Called by Keras on loading."""
+        recompile(self, config)
+
+    def fit(
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, *, unlabeled: Any = None, **options: Any
+    ) -> Any:
+        """As `keras.Model.fit`, with one argument more.
+
+        Args:
+            x, y, batch_size, options: as there.
+            unlabeled: inputs without labels that take part in the consistency term: an array, or anything that ``x``
+                may be, whose batches are inputs (labels in it are not used). It is repeated for as long as ``x`` lasts.
+
+        Raises:
+            CRCoreError: one view where two are needed; unlabeled data without a consistency term.
+        """
+        if unlabeled is not None:
+            if self.recipe.consistency is None:
+                raise CRCoreError("unlabeled data take part in the consistency term; give Recipe(consistency=...)")
+            x, options = with_unlabeled(x, y, unlabeled, batch_size, options)
+            y = batch_size = None
+        batch, x = first_batch(x, batch_size)
+        self._prepare_for(batch)
+        return super().fit(x, y, batch_size, **options)
+
+    def train_on_batch(self, x: Any, *args: Any, **options: Any) -> Any:
+        """As `keras.Model.train_on_batch`."""
+        self._prepare_for(x)
+        return super().train_on_batch(x, *args, **options)
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **options: Any) -> Any:
+        """As `keras.Model.evaluate`, of the student; `ConsistencyCallback` says what ``fit`` evaluates."""
+        self.update_teacher()
+        self._in_training = False
+        if not options.get("_use_cached_eval_dataset"):
+            return super().evaluate(x, y, *args, **options)
+        logs: dict[str, Any] = {}
+        if self.validates != "teacher":
+            logs |= super().evaluate(x, y, *args, **options)
+        if self.validates != "student":
+            options["_use_cached_eval_dataset"] = False
+            found = self.teacher.evaluate(x, y, *args, **options | {"callbacks": None, "verbose": 0})
+            logs |= {f"teacher_{name}": value for name, value in found.items()}
+        return logs
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        """The student: on one view in training, on the input itself otherwise."""
+        if not training:
+            x = x[LABELED] if has_unlabeled(x) else x
+            return self.student(x[0] if self._is_pair(x) else x, training=False)
+        view = self._augmented(self._joined(x), 0)
+        self._view.value = view
+        return self.student(view, training=True)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """The task loss; in training the consistency term besides, after the average has moved."""
+        self._in_training = training
+        task = super().compute_loss(x, y, _labeled(x, y_pred), sample_weight, training)
+        view, self._view.value = self._view.value, None
+        if not training:
+            return task
+        if self._ema is not None:
+            self._move_average()
+        self._batches.assign(self._batches + 1)
+        if self.recipe.consistency is None:
+            return task
+        if not self._distills:
+            view = self._augmented(self._joined(x), 1)
+        target = self._teacher_logits(self.teacher(view, training=False))  # type: ignore[misc]
+        term, weight = consistency_loss(self.recipe.consistency, self._logits(y_pred), target, step=self._updates)
+        self._log("task_loss", task)
+        self._log("consistency_loss", term)
+        self._log("lambda", weight)
+        return task + ops.cast(term, task.dtype)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """Of the labeled inputs."""
+        return super().compute_metrics(x, y, _labeled(x, y_pred), sample_weight)  # type: ignore[no-any-return]
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """What is logged: lambda and the like in training only."""
+        logs = super().get_metrics_result()
+        return {name: value for name, value in logs.items() if self._in_training or name not in self._logged}
+
+    def update_teacher(self) -> None:
+        """Let the average include the last optimizer step. Done before evaluation and at the end of ``fit``."""
+        if self._ema is not None and self.step < self._finished_steps(ops.convert_to_numpy(self._batches)):
+            self._move_average()
+
+    def get_config(self) -> dict[str, Any]:
+        """For `from_config`."""
+        serialize = keras.saving.serialize_keras_object
+        if inspect.isfunction(self.augment) and not _is_registered(self.augment):
+            raise CRCoreError(
+                f"augment={self.augment!r} cannot be saved; make it a keras layer, or decorate it with "
+                "@keras.saving.register_keras_serializable(), or save model.student alone"
+            )
+        return {
+            "name": self.name,
+            "student": serialize(self.student),
+            "recipe": self.recipe.to_dict(),
+            "augment": serialize(self.augment),
+            "output": self._output,
+            "teacher": serialize(self.teacher) if self._distills else None,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Any = None) -> ConsistencyModel:
+        """The model that `get_config` described, with fresh variables."""
+        given = dict(config)
+        for key in ("student", "augment", "teacher"):
+            given[key] = keras.saving.deserialize_keras_object(given[key], custom_objects=custom_objects)
+        given["recipe"] = Recipe.from_dict(given["recipe"])
+        return cls(**given)
+
+    def _prepare_for(self, batch: Any) -> None:
+        """Check the views, and set the scales that are missing; the average then starts from the student."""
+        if self.recipe.consistency is not None and self.augment is None:
+            for part in batch.values() if has_unlabeled(batch) else [batch]:
+                if not self._is_pair(part) and not self._distills:
+                    shape = keras.tree.map_structure(lambda array: tuple(array.shape), part)
+                    raise CRCoreError(
+                        f"the consistency term needs two views of each input, the data give one, of shape {shape}; "
+                        "give ConsistencyModel(..., augment=layer), or data that yield ((view, other_view), y)"
+                    )
+        if not is_calibrated(self.student):
+            calibrate(self, batch)
+            self._view.value = None
+        if self._ema is not None and not is_calibrated(self.teacher):
+            for mine, source in zip(quantizers_in(self.teacher), quantizers_in(self.student), strict=True):
+                if not mine.initialized:
+                    mine.adopt(source)
+
+    def _joined(self, x: Any) -> Any:
+        if not has_unlabeled(x):
+            return x
+        return keras.tree.map_structure(lambda *parts: ops.concatenate(parts, axis=0), x[LABELED], x[UNLABELED])
+
+    def _augmented(self, x: Any, which: int) -> Any:
+        if self.augment is None:
+            return x[which] if self._is_pair(x) else x
+        if (
+            isinstance(self.augment, keras.layers.Layer)
+            and "training" in inspect.signature(self.augment.call).parameters
+        ):
+            return self.augment(x, training=True)
+        return self.augment(x)
+
+    def _is_pair(self, x: Any) -> bool:
+        """Whether these are two views, and not the inputs of a network with two."""
+        if self.augment is not None or not isinstance(x, (tuple, list)) or len(x) != 2:
+            return False
+        inputs = getattr(self.student, "inputs", None)
+        return inputs is None or len(inputs) == 1 or isinstance(x[0], (tuple, list, dict))
+
+    def _finished_steps(self, batches: Any) -> Any:
+        return batches // self._batches_per_step
+
+    def _move_average(self) -> None:
+        """One step of the average, where an optimizer step was made since the last one; traced or not."""
+        updates = ops.copy(self._updates)
+        is_due = self._finished_steps(ops.copy(self._batches)) > updates
+        decay = self._ema.decay_at(ops.cast(updates, "float32"), xp=xp)  # type: ignore[union-attr]
+        averaged, copied_ = _state_pairs(self.teacher, self.student)
+        moves = ops.where(is_due, decay, 1.0)
+        ema_update_([mine for mine, _ in averaged], [source for _, source in averaged], moves)
+        for mine, source in copied_:
+            mine.assign(ops.copy(source))
+        self._updates.assign(updates + ops.cast(is_due, "int32"))
+        self._log("decay", decay)
+
+    def _log(self, name: str, value: Any) -> None:
+        if name in self._logged:
+            self._logged[name].update_state(value)
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class _Latest(keras.metrics.Metric):
+    """The value of the last step."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        self.value = self.add_variable(shape=(), initializer="zeros", name="value")
+
+    def update_state(self, value: Any) -> None:
+        self.value.assign(ops.cast(value, self.value.dtype))
+
+    def result(self) -> Any:
+        return ops.copy(self.value)
+
+
+class _Scratch:
+    """Carries the student's view from ``call`` to ``compute_loss``, within one trace of one step."""
+
+    value: Any = None
+
+
+def _state_pairs(teacher: Any, student: Any) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+    """The teacher's variable and the student's: those that are averaged, and those that are copied."""
+    averaged: list[tuple[Any, Any]] = []
+    copies: list[tuple[Any, Any]] = []
+    for mine, source in zip(teacher._flatten_layers(), student._flatten_layers(), strict=True):
+        statistics = isinstance(mine, (keras.layers.BatchNormalization, FakeQuantize))
+        averaged += zip(mine._trainable_variables, source._trainable_variables, strict=True)
+        others = list(zip(mine._non_trainable_variables, source._non_trainable_variables, strict=True))
+        if statistics:
+            averaged += [pair for pair in others if keras.backend.is_float_dtype(pair[0].dtype)]
+        else:
+            copies += others
+    return averaged, copies
+
+
+def _check(student: Any, recipe: Any, augment: Any, teacher: Any) -> None:
+    if not isinstance(recipe, Recipe):
+        raise CRCoreError(
+            f"ConsistencyModel takes a crcore.Recipe, got {type(recipe).__name__}; for example "
+            "Recipe(LSQ(4), LSQ(4), consistency=Consistency(), ema=EMA())"
+        )
+    if not isinstance(student, keras.Model) or not quantizers_in(student):
+        raise CRCoreError(
+            f"ConsistencyModel takes a student from crcore_keras.prepare(model, recipe), got {type(student).__name__}"
+        )
+    if augment is not None and not callable(augment):
+        raise CRCoreError(f"augment must be a layer or a function of a batch, or None for two views; got {augment!r}")
+    if teacher is None:
+        return
+    if recipe.consistency is None or recipe.ema is not None:
+        raise CRCoreError(
+            "distillation from a frozen teacher takes Recipe(consistency=..., ema=None); the average and a teacher of "
+            "another kind cannot both be followed"
+        )
+    if not isinstance(teacher, keras.Model) or not teacher.built:
+        raise CRCoreError(f"teacher must be a built keras.Model, got {teacher!r}")
+    shapes = [
+        keras.tree.map_structure(lambda t: tuple(t.shape), getattr(m, "outputs", None)) for m in (student, teacher)
+    ]
+    if all(shapes) and shapes[0] != shapes[1]:
+        raise CRCoreError(
+            f"the teacher's outputs have the shapes {shapes[1]}, the student's {shapes[0]}; give a teacher for the "
+            "same classes"
+        )
+
+
+def _labeled(x: Any, y_pred: Any) -> Any:
+    """The predictions for the labeled inputs, which come first."""
+    if not has_unlabeled(x):
+        return y_pred
+    n = ops.shape(keras.tree.flatten(x[LABELED])[0])[0]
+    return keras.tree.map_structure(lambda prediction: prediction[:n], y_pred)
+
+
+def _fresh(metric: Any) -> Any:
+    """A metric of the same kind with a state of its own; names stay names."""
+    return type(metric).from_config(metric.get_config()) if isinstance(metric, keras.metrics.Metric) else metric
+
+
+def _is_registered(function: Any) -> bool:
+    return keras.saving.get_registered_object(keras.saving.get_registered_name(function)) is function

@@ -1,0 +1,70 @@
+"""Keras on the active engine against NumPy. A missing keras or crcore_keras is an error here, never a skip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from crcore_keras._bind import fake_quantize
+from crcore_keras._consistency import consistency_loss, ema_update_
+from crcore_keras._xp import xp
+from keras import ops
+
+import crcore as cr
+from crcore.testing import ConformanceSuite
+
+from ..keras.gradients import gradients_of
+
+
+class KerasAdapter:
+    name = f"keras-{keras.backend.backend()}"
+    flushes_denormals = keras.backend.backend() != "torch"  # XLA and Eigen on a CPU
+
+    def initial(self, quantizer: Any, x: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
+        return tuple(ops.convert_to_numpy(array) for array in quantizer.init(_tensor(x), axes=axes, xp=xp))
+
+    def quantize(
+        self, quantizer: Any, x: Any, parameters: tuple[Any, ...], cotangent: Any, elements: float
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        def f(x: Any, *parameters: Any) -> Any:
+            return fake_quantize(x, quantizer, parameters, elements)
+
+        y, gradients = gradients_of(f, [x, *parameters], cotangent)
+        return y, gradients[0], tuple(gradients[1:]) if quantizer.learned else ()
+
+    def divergence(
+        self, function: Any, student: Any, teacher: Any, cotangent: Any, axis: int, temperature: float
+    ) -> tuple[Any, Any]:
+        def f(student: Any) -> Any:
+            return function(student, _tensor(teacher), axis=axis, temperature=temperature, xp=xp)
+
+        values, (dstudent,) = gradients_of(f, [student], cotangent)
+        return values, dstudent
+
+    def consistency(
+        self, consistency: cr.Consistency, student: Any, teacher: Any, step: int, axis: int, sample_weight: Any
+    ) -> tuple[Any, Any, Any]:
+        weight = None if sample_weight is None else _tensor(sample_weight)
+
+        def f(student: Any, teacher: Any) -> Any:
+            return consistency_loss(consistency, student, teacher, step=step, axis=axis, sample_weight=weight)[0]
+
+        loss, (dstudent, dteacher) = gradients_of(f, [student, teacher], np.float32(1.0))
+        return loss, dstudent, dteacher
+
+    def schedule(self, schedule: Any, steps: Any) -> Any:
+        return ops.convert_to_numpy(schedule(ops.cast(_tensor(steps), "float32"), xp=xp))
+
+    def ema(self, averages: list[Any], values: list[Any], decay: float) -> list[Any]:
+        variables = [keras.Variable(average) for average in averages]
+        ema_update_(variables, [_tensor(value) for value in values], _tensor(np.float32(decay)))
+        return [ops.convert_to_numpy(variable) for variable in variables]
+
+
+class TestKeras(ConformanceSuite):
+    adapter = KerasAdapter()
+
+
+def _tensor(array: Any) -> Any:
+    return ops.convert_to_tensor(np.asarray(array))
