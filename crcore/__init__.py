@@ -22,6 +22,8 @@ from crcore._ema import EMA as EMA
 from crcore._ema import ema_update as ema_update
 from crcore._errors import CRCoreError as CRCoreError
 from crcore._grid import IntGrid as IntGrid
+from crcore._portable import PortableCheckpoint as PortableCheckpoint
+from crcore._portable import PortableLayer as PortableLayer
 from crcore._quantizers import LSQ as LSQ
 from crcore._quantizers import PACT as PACT
 from crcore._quantizers import DoReFa as DoReFa
@@ -51,6 +53,8 @@ __all__ = [
     "LSQPlus",
     "LayerQuantizers",
     "MinMax",
+    "PortableCheckpoint",
+    "PortableLayer",
     "Quantizer",
     "Recipe",
     "Schedule",

@@ -67,7 +67,7 @@ class EMA:
             raise CRCoreError(f"quantized must be True or False, got {self.quantized!r}")
         if isinstance(schedule, Constant):
             # The cap only rises: a warm-up that outlasts it acts no longer than to where it reaches the decay.
-            object.__setattr__(self, "warmup", int(min(self.warmup, _end_of_cap(schedule.value))))
+            object.__setattr__(self, "warmup", _end_of_cap(schedule.value, self.warmup))
 
     def decay_at(self, step: Any, *, xp: Any = np) -> Any:
         """The decay of the update that follows ``step`` updates; a number for a number, a tensor for a tensor."""
@@ -82,11 +82,11 @@ def _cap(step: Any) -> Any:
     return (1.0 + step) / (10.0 + step)
 
 
-def _end_of_cap(decay: float) -> float:
-    """The first step at which the cap is no lower than ``decay``."""
+def _end_of_cap(decay: float, latest: int) -> int:
+    """The first step at which the cap is no lower than ``decay``, but at most ``latest``."""
     if decay >= 1.0:
-        return math.inf
-    step = max(0, math.floor((10.0 * decay - 1.0) / (1.0 - decay)) - 1)
-    while _cap(step) < decay:
+        return latest
+    step = min(latest, max(0, math.floor((10.0 * decay - 1.0) / (1.0 - decay)) - 1))
+    while step < latest and _cap(step) < decay:
         step += 1
     return step

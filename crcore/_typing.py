@@ -8,6 +8,8 @@ core calls and the one spelling in which it calls it; the spellings are those on
 * ``sum``, ``mean``, ``amax``, ``amin``: an explicit, non-empty tuple of axes and ``keepdims=True`` unless a single axis
   is reduced (``axis=()`` reduces everything in torch, ``axis=None`` drops ``keepdims`` in Keras on torch);
 * masks are combined with ``&`` and consumed by ``where``: multiplying a mask with floats returns a mask in TensorFlow;
+* ``divide`` stands where a tensor is divided by what its elements share, or by a number: the quotient must be the
+  correctly rounded one, and a compiler may be tempted to multiply by the reciprocal, which is not;
 * ``round`` is half to even everywhere.
 """
 
@@ -31,6 +33,7 @@ class Namespace(Protocol):
     amin: Callable[..., Any]
     clip: Callable[..., Any]
     cos: Callable[..., Any]
+    divide: Callable[..., Any]
     exp: Callable[..., Any]
     log: Callable[..., Any]
     logaddexp: Callable[..., Any]

@@ -25,7 +25,9 @@ NAMESPACE = sorted(Namespace.__annotations__)
 MAY_IMPORT = {
     "crcore_torch": {"torch"},
     "crcore_torch/lightning.py": {"torch", "lightning"},
+    "crcore_torch/_portable.py": {"torch", "safetensors"},
     "crcore_keras": {"keras"},  # and no engine: not tensorflow, jax or torch
+    "crcore_keras/_portable.py": {"keras", "safetensors"},
 }
 # A formula by the functions that it cannot do without, and the files that hold it.
 FORMULAS = {

@@ -13,6 +13,8 @@ from crcore_keras._consistency_model import ConsistencyModel as ConsistencyModel
 from crcore_keras._convert import convert as convert
 from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
+from crcore_keras._portable import load_portable as load_portable
+from crcore_keras._portable import save_portable as save_portable
 from crcore_keras._prepare import prepare as prepare
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "FakeQuantize",
     "IntegerWeight",
     "convert",
+    "load_portable",
     "prepare",
+    "save_portable",
 ]

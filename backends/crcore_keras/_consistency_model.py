@@ -44,7 +44,8 @@ class ConsistencyModel(keras.Model):
         augment: a layer, or a function of a batch, applied twice with independent draws. None: the training data yield
             both views, ``((view, other_view), y)``.
         output: the name of the output that is held to the teacher, of a model with several.
-        teacher: a frozen float network to distill from, in place of the average: it sees the student's own view.
+        teacher: a float network to distill from, in place of the average: a frozen copy of it sees the student's own
+            view.
 
     Attributes:
         student: the trained network.
@@ -80,7 +81,7 @@ class ConsistencyModel(keras.Model):
         self._output = output
         self._distills = teacher is not None
         self._ema = None if self._distills else recipe.ema or (EMA() if recipe.consistency else None)
-        self.teacher = teacher
+        self.teacher = copied(teacher) if self._distills else None  # the user's model stays trainable
         if self._ema is not None:
             self.teacher = copied(student)
             for quantizer in quantizers_in(self.teacher):
@@ -178,6 +179,8 @@ class ConsistencyModel(keras.Model):
         if not training:
             x = x[LABELED] if has_unlabeled(x) else x
             return self.student(x[0] if self._is_pair(x) else x, training=False)
+        if self._ema is not None:  # before the student's statistics and observed ranges include this step
+            self._move_average()
         view = self._augmented(self._joined(x), 0)
         self._view.value = view
         return self.student(view, training=True)
@@ -185,14 +188,14 @@ class ConsistencyModel(keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
-        """The task loss; in training the consistency term besides, after the average has moved."""
+        """The task loss; in training the consistency term besides."""
         self._in_training = training
         task = super().compute_loss(x, y, _labeled(x, y_pred), sample_weight, training)
         view, self._view.value = self._view.value, None
         if not training:
             return task
-        if self._ema is not None:
-            self._move_average()
+        if self._ema is not None:  # not logged in `call`, from which JAX takes no metrics
+            self._log("decay", self._decay_at(ops.maximum(self._updates - 1, 0)))
         self._batches.assign(self._batches + 1)
         if self.recipe.consistency is None:
             return task
@@ -292,14 +295,15 @@ class ConsistencyModel(keras.Model):
         """One step of the average, where an optimizer step was made since the last one; traced or not."""
         updates = ops.copy(self._updates)
         is_due = self._finished_steps(ops.copy(self._batches)) > updates
-        decay = self._ema.decay_at(ops.cast(updates, "float32"), xp=xp)  # type: ignore[union-attr]
         averaged, copied_ = _state_pairs(self.teacher, self.student)
-        moves = ops.where(is_due, decay, 1.0)
+        moves = ops.where(is_due, self._decay_at(updates), 1.0)
         ema_update_([mine for mine, _ in averaged], [source for _, source in averaged], moves)
         for mine, source in copied_:
             mine.assign(ops.copy(source))
         self._updates.assign(updates + ops.cast(is_due, "int32"))
-        self._log("decay", decay)
+
+    def _decay_at(self, updates: Any) -> Any:
+        return self._ema.decay_at(ops.cast(updates, "float32"), xp=xp)  # type: ignore[union-attr]
 
     def _log(self, name: str, value: Any) -> None:
         if name in self._logged:

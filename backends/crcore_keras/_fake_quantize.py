@@ -199,10 +199,9 @@ class FakeQuantize(keras.layers.Layer):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FakeQuantize:
         """The layer that `get_config` described, without its variables."""
-        quantizers = decode(config["quantizer"])
-        return cls(
-            quantizers.weights or quantizers.activations, **{key: config[key] for key in config if key != "quantizer"}
-        )
+        given = decode(config["quantizer"])
+        quantizer: Any = given.weights or given.activations
+        return cls(quantizer, **{key: config[key] for key in config if key != "quantizer"})
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """The input's."""

@@ -297,6 +297,8 @@ def attach(layer: Any, plan: Mapping[str, LayerQuantizers], mixin: type | None =
             mix(layer, mixin or QuantizedComposite)
         if describes:
             layer._quantizers = dict(plan)
+        if hasattr(layer, "_track_variables"):  # on torch; otherwise zero_grad() would not reach the scales
+            layer._track_variables()
 
 
 def _describes_children(layer: Any) -> bool:

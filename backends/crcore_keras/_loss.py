@@ -39,8 +39,10 @@ def consistency_loss(
             "the teacher must be of the student's architecture, or a float network for the same classes"
         )
     dtype = "float64" if student.dtype == "float64" else "float32"
-    weight = consistency.weight_at(ops.cast(step, dtype), xp=xp)
-    if isinstance(weight, float) and weight == 0.0:  # plain QAT, to the bit: no graph, and no 0 * inf
+    weight = (
+        consistency.weight_at(step) if isinstance(step, int) else consistency.weight_at(ops.cast(step, dtype), xp=xp)
+    )
+    if isinstance(weight, int | float) and weight == 0.0:  # plain QAT, to the bit: no graph, and no 0 * inf
         return ops.zeros((), dtype), weight
     distance = consistency.distance(
         ops.cast(student, dtype),

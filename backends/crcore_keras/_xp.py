@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
+import keras
 from keras import ops
+
+
+def _divide(x: Any, shared: Any) -> Any:
+    # XLA as JAX sets it up turns the division by a broadcast array or a number into a product with the reciprocal,
+    # which differs in the last bit for up to half of the quotients. It does not look through a selection.
+    return x / ops.where(x == x, shared, 1.0)
+
+
+def _logaddexp(x: Any, y: Any) -> Any:
+    # TensorFlow's gradient of ops.logaddexp is wrong where both are equal: all of it goes to the first.
+    return ops.logsumexp(ops.stack([x, y]), axis=0)
+
 
 xp = SimpleNamespace(
     abs=ops.abs,
@@ -12,9 +26,10 @@ xp = SimpleNamespace(
     amin=ops.min,
     clip=ops.clip,
     cos=ops.cos,
+    divide=_divide if keras.backend.backend() == "jax" else ops.divide,
     exp=ops.exp,
     log=ops.log,
-    logaddexp=ops.logaddexp,
+    logaddexp=_logaddexp,
     mean=ops.mean,
     reshape=ops.reshape,
     round=ops.round,

@@ -17,6 +17,8 @@ from crcore_torch._convert import convert as convert
 from crcore_torch._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_torch._loss import ConsistencyLoss as ConsistencyLoss
 from crcore_torch._optim import parameter_groups as parameter_groups
+from crcore_torch._portable import load_portable as load_portable
+from crcore_torch._portable import save_portable as save_portable
 from crcore_torch._prepare import prepare as prepare
 from crcore_torch._teacher import Teacher as Teacher
 
@@ -26,6 +28,8 @@ __all__ = [
     "IntegerWeight",
     "Teacher",
     "convert",
+    "load_portable",
     "parameter_groups",
     "prepare",
+    "save_portable",
 ]

@@ -34,6 +34,7 @@ xp = SimpleNamespace(
     amin=_amin,
     clip=torch.clamp,
     cos=torch.cos,
+    divide=torch.divide,
     exp=torch.exp,
     log=torch.log,
     logaddexp=torch.logaddexp,

@@ -55,7 +55,7 @@ def affine_codes(grid: IntGrid, x: Array, scale: Array, zero_point: Array, xp: A
     if grid.binary:
         return round_to(grid, x, xp)
     # Rounded before the shift, as ONNX QuantizeLinear does: after it, ties would fall the other way at odd zero points.
-    return xp.clip(xp.round(x / scale) + zero_point, grid.lo, grid.hi)
+    return xp.clip(xp.round(xp.divide(x, scale)) + zero_point, grid.lo, grid.hi)
 
 
 def inside_grid(grid: IntGrid, v: Array, zero_point: Array) -> Array:
@@ -66,7 +66,7 @@ def scale_of_range(grid: IntGrid, low: Array, high: Array, xp: Any) -> tuple[Arr
     """``(scale, low)`` of a range that holds zero; [0, 1] if it is empty."""
     low, high = xp.where(low < 0.0, low, 0.0), xp.where(high > 0.0, high, 0.0)
     width = xp.where(high > low, high - low, 1.0)
-    return positive(width / (grid.hi - grid.lo), xp), low
+    return positive(xp.divide(width, grid.hi - grid.lo), xp), low
 
 
 def sum_to(parameter: Array, values: Array, xp: Any) -> Array:

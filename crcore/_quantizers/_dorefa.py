@@ -92,7 +92,7 @@ class DoReFa:
         if self.bits == 1:
             return xp.where(x >= 0.0, 1.0 + xp.zeros_like(x), -1.0)
         n = 2**self.bits - 1
-        unit = xp.tanh(x) / (2.0 * norm[0]) + 0.5
+        unit = xp.divide(xp.tanh(x), 2.0 * norm[0]) + 0.5
         return 2.0 * xp.round(xp.clip(n * unit, 0, n)) - n
 
     def forward(self, x: Array, *norm: Array, xp: Any = np) -> Array:
@@ -112,5 +112,5 @@ class DoReFa:
         dnorm = -sum_to(norm[0], cotangent * t, xp) / (norm[0] * norm[0])
         # Without a tie there is nothing to share (the norm was replaced by 1 for an all-zero tensor).
         share = dnorm / xp.where(ties > 0.0, ties, 1.0)
-        dt = cotangent / norm[0] + xp.where(at_norm, xp.where(t < 0.0, -share, share), 0.0)
+        dt = xp.divide(cotangent, norm[0]) + xp.where(at_norm, xp.where(t < 0.0, -share, share), 0.0)
         return (dt * (1.0 - t * t),)

@@ -81,7 +81,7 @@ class LSQ:
 
     def codes(self, x: Array, scale: Array, *, xp: Any = np) -> Array:
         """``round(clip(x / scale, lo, hi))``."""
-        return round_to(self.grid, x / positive(scale, xp), xp)
+        return round_to(self.grid, xp.divide(x, positive(scale, xp)), xp)
 
     def affine(self, scale: Array, *, xp: Any = np) -> tuple[Array, Array]:
         """``(scale, 0)``."""
@@ -94,7 +94,7 @@ class LSQ:
 
     def vjp(self, cotangent: Array, x: Array, scale: Array, *, elements: float, xp: Any = np) -> tuple[Array, ...]:
         """``(dx, dscale)``; ``elements``: how many share one scale (of an activation: within one sample)."""
-        v = x / positive(scale, xp)
+        v = xp.divide(x, positive(scale, xp))
         q = round_to(self.grid, v, xp)
         inside = (v >= self.grid.lo) & (v <= self.grid.hi)
         dx = xp.where(inside, cotangent, 0.0)
@@ -180,7 +180,7 @@ class LSQPlus:
     ) -> tuple[Array, ...]:
         """``(dx, dscale, doffset)``; ``elements``: how many share one scale within one sample."""
         s, zero_point = self.affine(scale, offset, xp=xp)
-        v = x / s
+        v = xp.divide(x, s)
         inside = inside_grid(self.grid, v, zero_point)
         q = affine_codes(self.grid, x, s, zero_point, xp)
         dx = xp.where(inside, cotangent, 0.0)

@@ -87,7 +87,7 @@ class MinMax:
             # An unsigned grid has no negative codes, so that only the top of the range counts.
             reach = xp.where(-low > high, -low, high) if self.grid.signed else high
             reach = xp.where(reach > 0.0, reach, 1.0)
-            scale = positive(reach / self.grid.hi, xp)
+            scale = positive(xp.divide(reach, self.grid.hi), xp)
             # Rounding may put reach / scale just above hi, and the extreme itself outside: then one float32 step more.
             scale = xp.where(reach / scale > self.grid.hi, scale * (1.0 + 2.0**-23), scale)
             return scale, xp.zeros_like(scale)
@@ -108,4 +108,4 @@ class MinMax:
     ) -> tuple[Array, ...]:
         """``(dx,)``; nothing is learned, and ``elements`` plays no part."""
         scale, zero_point = self.affine(low, high, xp=xp)
-        return (xp.where(inside_grid(self.grid, x / scale, zero_point), cotangent, 0.0),)
+        return (xp.where(inside_grid(self.grid, xp.divide(x, scale), zero_point), cotangent, 0.0),)

@@ -64,16 +64,16 @@ class PACT:
 
     def affine(self, alpha: Array, *, xp: Any = np) -> tuple[Array, Array]:
         """``(alpha / hi, 0)``."""
-        scale = positive(alpha, xp) / self.grid.hi
+        scale = xp.divide(positive(alpha, xp), self.grid.hi)
         return scale, xp.zeros_like(scale)
 
     def codes(self, x: Array, alpha: Array, *, xp: Any = np) -> Array:
         """``round(clip(x / scale, lo, hi))``."""
-        return round_to(self.grid, x / (positive(alpha, xp) / self.grid.hi), xp)
+        return round_to(self.grid, xp.divide(x, self.affine(alpha, xp=xp)[0]), xp)
 
     def forward(self, x: Array, alpha: Array, *, xp: Any = np) -> Array:
         """``codes * scale``."""
-        return self.codes(x, alpha, xp=xp) * (positive(alpha, xp) / self.grid.hi)
+        return self.codes(x, alpha, xp=xp) * self.affine(alpha, xp=xp)[0]
 
     def vjp(self, cotangent: Array, x: Array, alpha: Array, *, elements: float, xp: Any = np) -> tuple[Array, ...]:
         """``(dx, dalpha)``; the paper does not scale the gradient, so ``elements`` plays no part."""

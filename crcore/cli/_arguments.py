@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from crcore.cli._errors import CommandError
 from crcore.cli._methods import METHODS, parse_methods
-from crcore.cli._settings import QUANTIZERS, VIEWS, Settings
+from crcore.cli._settings import BACKENDS, QUANTIZERS, VIEWS, Settings
 
 METHOD_HELP = "methods:\n" + "\n".join(f"  {method.name:17} {method.summary}" for method in METHODS.values())
 
@@ -35,13 +35,16 @@ examples:
       a folder of parquet files; stop it with Ctrl-C and continue it with the same line and --resume
   crcore compare --model mynets:small --labels 300
       your own function small(num_classes, in_channels) in mynets.py of the current folder
+  crcore compare --backend keras
+      the same on Keras 3; the function of a model of your own then takes (num_classes, input_shape)
 
 the output folder holds:
   results.json                     settings, versions, and for every seed and method: accuracy and teacher_accuracy
                                    in percent, steps, seconds, and the history by epoch
   table.md                         mean and standard deviation, the gain over qat with its 95 % confidence interval
   curves.png                       accuracy against epoch
-  seed0/fp32/float.safetensors     and so on: a checkpoint for each network, for `crcore evaluate` and `--init`
+  seed0/fp32/float.safetensors     and so on: a checkpoint for each network, for `crcore evaluate` and `--init`;
+                                   float.keras with --backend keras
 """
 
 TRAIN = f"""\
@@ -113,7 +116,7 @@ def build_parser(version: str) -> Parser:
     _add_training(train, several=False)
     _add_run(train)
     evaluate = _command(commands, "evaluate", "measure the accuracy of a checkpoint", EVALUATE, EVALUATE_EXAMPLES)
-    evaluate.add_argument("checkpoint", type=Path, help="a .safetensors file that crcore wrote")
+    evaluate.add_argument("checkpoint", type=Path, help="a .safetensors or .keras file that crcore wrote")
     evaluate.add_argument("--data", help="as in crcore compare; default: what the checkpoint was trained on")
     evaluate.add_argument("--model", help="refuse a checkpoint of another model")
     evaluate.add_argument("--quantizer", choices=QUANTIZERS, help="refuse a checkpoint of another quantizer")
@@ -139,7 +142,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         values |= {"seeds": (arguments.seed,), "methods": (arguments.method,)}
     if arguments.float_epochs is None:
         values["float_epochs"] = arguments.epochs
-    return Settings(**{name: values[name] for name in Settings.__dataclass_fields__})
+    return Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values})
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
@@ -249,6 +252,13 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="torch",
+        help="what trains: crcore_torch, or crcore_keras on the engine that the environment variable KERAS_BACKEND "
+        "names (tensorflow, jax or torch). Data and views are the same",
+    )
     group.add_argument("--out", metavar="FOLDER", help="where results go; default: a new folder in runs/")
     group.add_argument(
         "--resume", action="store_true", help="continue the run in --out to the result it would have had"

@@ -1,9 +1,7 @@
 """Checkpoints as safetensors files with JSON metadata (torch); written to a temporary name, then put in place."""
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +10,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import crcore as cr
 from crcore.cli._errors import CommandError, one_line
+from crcore.cli._files import put_in_place
+from crcore.cli._network_info import NetworkInfo, info_from
 
 KEY = "crcore"  # a single metadata entry, so that equal contents make equal files
 
 
-@dataclass(frozen=True)
-class NetworkInfo:
-    """What has to be known to rebuild a network and to feed it."""
-
-    role: str  # "float", "student" or "teacher"
-    model: str
-    recipe: dict[str, Any] | None  # Recipe.to_dict(), None for the float network
-    classes: tuple[str, ...]
-    channels: int
-    size: tuple[int, int]
-    image_size: int | None  # as it was asked for
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    data: str
-    versions: dict[str, str]
-
-
 def save_network(path: Path, module: nn.Module, info: NetworkInfo) -> None:
     """Write the state of a network together with what rebuilds it."""
-    _write(path, module.state_dict(), {"kind": "network", **asdict(info)})
+    _write(path, module.state_dict(), info.to_metadata())
 
 
 def read_network(path: Path) -> tuple[dict[str, Tensor], NetworkInfo]:
     """Read a checkpoint that `save_network` wrote."""
     tensors, metadata = _read(path)
-    if metadata.pop("kind", None) != "network":
-        raise CommandError(
-            f"{path} holds the state of an unfinished run, not a network; give a float, student or teacher.safetensors"
-        )
-    try:
-        for name in ("classes", "size", "mean", "std"):
-            metadata[name] = tuple(metadata[name])
-        return tensors, NetworkInfo(**metadata)
-    except (KeyError, TypeError) as error:
-        raise CommandError(
-            f"{path}: its metadata are not those of this version of crcore ({one_line(error)}); train again"
-        ) from error
+    return tensors, info_from(metadata, path)
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -68,18 +39,6 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
             "give the checkpoint of the same model and recipe"
         )
     module.load_state_dict(dict(tensors))
-
-
-def network_recipe(info: NetworkInfo, path: Path) -> cr.Recipe | None:
-    """The recipe of a checkpoint, None for a float network."""
-    if info.recipe is None:
-        return None
-    try:
-        return cr.Recipe.from_dict(info.recipe)
-    except cr.CRCoreError as error:
-        raise CommandError(
-            f"{path}: its recipe cannot be read ({one_line(error)}); was it made by a newer crcore?"
-        ) from error
 
 
 def save_progress(
@@ -110,19 +69,11 @@ def load_progress(path: Path, modules: Mapping[str, nn.Module], optimizer: torch
     return record
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then put it in place: a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     # Copies, because safetensors refuses entries that share memory, as tied weights do.
     copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    safetensors.torch.save_file(copies, temporary, metadata={KEY: json.dumps(metadata, sort_keys=True)})
-    os.replace(temporary, path)
+    with put_in_place(path) as temporary:
+        safetensors.torch.save_file(copies, temporary, metadata={KEY: json.dumps(metadata, sort_keys=True)})
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

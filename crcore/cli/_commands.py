@@ -1,4 +1,4 @@
-"""The three commands: compare, train and evaluate (torch). Their arguments are checked in `_arguments.py`."""
+"""The three commands: compare, train and evaluate. Their arguments are checked in `_arguments.py`."""
 
 import json
 import sys
@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 import crcore as cr
-from crcore.cli._checkpoints import load_state, network_recipe, read_network, write_text
+from crcore.cli._backends import backend_name_of, open_backend
 from crcore.cli._curves import draw_curves
 from crcore.cli._data import load_data
 from crcore.cli._errors import CommandError
-from crcore.cli._evaluation import Evaluation
-from crcore.cli._models import build_model
+from crcore.cli._files import write_text
+from crcore.cli._network_info import network_recipe
 from crcore.cli._progress import Progress
 from crcore.cli._recipes import quantizer_name, quantizers
 from crcore.cli._report import HEADER, cells, markdown, notes, rows, title
 from crcore.cli._runs import all_runs, total_steps
-from crcore.cli._session import Session, check_same_quantization, choose_device, open_session, prepare, versions
+from crcore.cli._session import Session, check_same_quantization, open_session, versions
 from crcore.cli._settings import Settings, check_bits
 
 
@@ -57,8 +57,8 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Rebuild the network of a checkpoint and measure its accuracy on the test images."""
-    device = choose_device(device_name)
-    tensors, info = read_network(checkpoint)
+    backend = open_backend(backend_name_of(checkpoint), device=device_name)
+    state, info = backend.read_network(checkpoint)
     recipe = network_recipe(info, checkpoint)
     _check_expected(checkpoint, info.model, recipe, expected)
     data = load_data(data_name or info.data, image_size=info.image_size)
@@ -69,11 +69,11 @@ def evaluate(
             f"--data {data.name} has {len(data.classes)} classes of {_shape(data.channels, data.size)}; give data like "
             "those it was trained on"
         )
-    network = build_model(info.model, num_classes=len(info.classes), in_channels=info.channels, size=info.size)
+    network = backend.network(info.model, num_classes=len(info.classes), in_channels=info.channels, size=info.size)
     if recipe is not None:
-        network = prepare(network, recipe)
-    load_state(network, tensors, checkpoint)
-    accuracy = Evaluation(data.test, mean=info.mean, std=info.std, device=device).accuracy(network.to(device).eval())
+        network = backend.prepare(network, recipe)
+    backend.load_state(network, state, checkpoint)
+    accuracy = backend.evaluation(data.test, mean=info.mean, std=info.std).accuracy(network)
     if as_json:
         result = {
             "checkpoint": str(checkpoint),
@@ -83,7 +83,7 @@ def evaluate(
             "data": data.name,
             "test_images": len(data.test.labels),
             "recipe": info.recipe,
-            "versions": {"trained": info.versions, "evaluated": versions()},
+            "versions": {"trained": info.versions, "evaluated": versions(backend)},
         }
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
@@ -102,6 +102,8 @@ def _train_all(session: Session, console: Console, *, command: str) -> list[dict
             results = {
                 "format": 1,
                 "command": command,
+                "backend": session.backend.name,
+                "engine": session.backend.engine,
                 "complete": len(records) == len(session.settings.seeds) * len(session.settings.methods),
                 "settings": session.settings.to_dict(),
                 "data": _data(session),

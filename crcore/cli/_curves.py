@@ -1,7 +1,6 @@
 """curves.png: accuracy against epoch, one line for each method."""
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from crcore.cli._files import put_in_place
 
 
 def draw_curves(path: Path, records: Sequence[dict[str, Any]], title: str) -> None:
@@ -42,6 +43,5 @@ def draw_curves(path: Path, records: Sequence[dict[str, Any]], title: str) -> No
     figure.legend(loc="outside right upper", fontsize="small", title="method (last epoch)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    with put_in_place(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())

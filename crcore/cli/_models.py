@@ -155,5 +155,5 @@ def user_function(name: str) -> Callable[..., nn.Module]:
             f"{one_line(error)}); the module must be importable from the current folder"
         ) from error
     if not callable(function):
-        raise CommandError(f"--model {name} is not callable; it must be a function of num_classes and in_channels")
+        raise CommandError(f"--model {name} is not callable; it must be a function that returns the network")
     return function  # type: ignore[no-any-return]

@@ -113,6 +113,7 @@ def title(settings: dict[str, Any], data: dict[str, Any]) -> str:
     return (
         f"{data['name']}, {settings['model']}, {settings['quantizer']} W{settings['weight_bits']}"
         f"A{settings['activation_bits']}, {settings['labels']} of {data['train']} training images labeled"
+        + (f", Keras on {settings['engine']}" if settings.get("backend") == "keras" else "")
     )
 
 

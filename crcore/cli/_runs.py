@@ -1,18 +1,17 @@
-"""One run for each (seed, method), and what is kept of it (torch)."""
+"""One run for each (seed, method), and what is kept of it."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from crcore.cli._checkpoints import load_state, read_network, save_network, write_text
+import crcore as cr
+from crcore.cli._backends import Network
 from crcore.cli._errors import CommandError, one_line
+from crcore.cli._files import write_text
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._progress import Progress
-from crcore.cli._session import Session, load_init, prepare, recipe_of
-from crcore.cli._training import train
+from crcore.cli._session import Session, load_init, recipe_of
 
 FLOAT = METHODS["fp32"]
 
@@ -43,10 +42,11 @@ class SeedRuns:
 
     def __init__(self, session: Session, seed: int, progress: Progress) -> None:
         self.session, self.seed, self.progress = session, seed, progress
+        self.backend = session.backend
         self.folder = session.out / f"seed{seed}"
         self.batches = session.batches(seed)
         self.evaluation = session.evaluation()
-        self._float: tuple[nn.Module, dict[str, Any]] | None = None
+        self._float: tuple[Network, dict[str, Any]] | None = None
 
     def run(self, method: Method) -> dict[str, Any]:
         """The record of one method, trained now or read from an earlier, finished run."""
@@ -60,58 +60,57 @@ class SeedRuns:
         recipe = recipe_of(settings, method, steps=steps)
         if settings.init is None:
             network, float_record = self.float_network()
-            student = prepare(network, recipe)
+            student = self.backend.prepare(network, recipe, seed=self.seed)
             float_steps = float_record["steps"]
             self.progress.title = self._title(method)
         else:
             network = self.session.network(self.seed)
-            student = load_init(self.session, network, method, steps=steps)
+            student = load_init(self.session, network, method, steps=steps, seed=self.seed)
             float_steps = None  # unknown: it was trained elsewhere
-        teacher, record = train(
+        teacher, record = self.backend.train(
             student,
             method,
             recipe=recipe,
-            reference=network.eval() if method.distillation else None,
+            reference=network if method.distillation else None,
             epochs=settings.epochs,
             lr=settings.lr,
-            progress_file=folder / "progress.safetensors",
-            **self._common(),
+            **self._common(folder),
         )
-        save_network(folder / "student.safetensors", student, self.session.info("student", recipe))
+        self._save(folder, "student", student, recipe)
         if teacher is not None:
-            save_network(folder / "teacher.safetensors", teacher.model, self.session.info("teacher", recipe))
+            self._save(folder, "teacher", teacher, recipe)
         return self._finish(method, folder, record, recipe=recipe.to_dict(), float_steps=float_steps)
 
-    def float_network(self) -> tuple[nn.Module, dict[str, Any]]:
+    def float_network(self) -> tuple[Network, dict[str, Any]]:
         """The float network that every QAT method of this seed starts from, and its record."""
         if self._float is None:
             folder, record = self._begin(FLOAT)
-            file = folder / "float.safetensors"
+            file = folder / f"float{self.backend.suffix}"
             network = self.session.network(self.seed)
             if record is not None:
-                load_state(network, read_network(file)[0], file)
+                self.backend.load_state(network, self.backend.read_network(file)[0], file)
             else:
                 settings = self.session.settings
                 if settings.init is not None:
-                    load_init(self.session, network, FLOAT, steps=0)
-                _, record = train(
+                    load_init(self.session, network, FLOAT, steps=0, seed=self.seed)
+                _, record = self.backend.train(
                     network,
                     FLOAT,
                     recipe=None,
                     reference=None,
                     epochs=settings.float_epochs,
                     lr=settings.float_lr,
-                    progress_file=folder / "progress.safetensors",
-                    **self._common(),
+                    **self._common(folder),
                 )
-                save_network(file, network, self.session.info("float", None))
+                self._save(folder, "float", network, None)
                 record = self._finish(FLOAT, folder, record, recipe=None, float_steps=0)
-            for parameter in network.parameters():
-                parameter.grad = None
             self._float = network, record
         return self._float
 
-    def _common(self) -> dict[str, Any]:
+    def _save(self, folder: Path, role: str, network: Network, recipe: cr.Recipe | None) -> None:
+        self.backend.save_network(folder / f"{role}{self.backend.suffix}", network, self.session.info(role, recipe))
+
+    def _common(self, folder: Path) -> dict[str, Any]:
         settings = self.session.settings
         return {
             "batches": self.batches,
@@ -120,6 +119,7 @@ class SeedRuns:
             "evaluate_every": settings.evaluate_every,
             "amp": settings.amp,
             "progress": self.progress,
+            "progress_file": folder / self.backend.progress_name,
         }
 
     def _title(self, method: Method) -> str:
@@ -168,11 +168,11 @@ class SeedRuns:
             "recipe": recipe,
             "checkpoints": sorted(
                 f"{self.folder.name}/{folder.name}/{file.name}"
-                for file in folder.glob("*.safetensors")
-                if file.name != "progress.safetensors"
+                for file in folder.glob(f"*{self.backend.suffix}")
+                if file.name != self.backend.progress_name
             ),
         }
         # In this order: a run counts as finished when run.json is there.
         write_text(folder / "run.json", json.dumps(record, indent=2) + "\n")
-        (folder / "progress.safetensors").unlink(missing_ok=True)
+        (folder / self.backend.progress_name).unlink(missing_ok=True)
         return record

@@ -1,4 +1,4 @@
-"""What is checked before the first file is written: data, model, recipe, device and output folder (torch)."""
+"""What is checked before the first file is written: data, model, recipe, backend and output folder."""
 
 import importlib.metadata
 import json
@@ -7,22 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import crcore_torch as crt
 import torch
-from torch import nn
 
 import crcore as cr
+from crcore.cli._backends import Backend, Evaluation, Network, open_backend
 from crcore.cli._batches import Batches
-from crcore.cli._checkpoints import NetworkInfo, load_state, network_recipe, read_network, write_text
 from crcore.cli._data import DIGITS, ImageData, load_data
 from crcore.cli._errors import CommandError, one_line
-from crcore.cli._evaluation import Evaluation
+from crcore.cli._files import write_text
 from crcore.cli._methods import METHODS, Method
-from crcore.cli._models import build_model
-from crcore.cli._random import seed_of
+from crcore.cli._network_info import NetworkInfo, network_recipe
 from crcore.cli._recipes import build_recipe
 from crcore.cli._settings import Settings, check_same_settings
 
+BEFORE_BACKENDS = {"backend": "torch", "engine": "torch"}  # what settings.json left out then
 DIGITS_LABELS = 200  # of 1,198 training images: few enough that methods differ
 
 
@@ -32,7 +30,7 @@ class Session:
 
     settings: Settings  # nothing left to decide
     data: ImageData
-    device: torch.device
+    backend: Backend
     out: Path
     versions: dict[str, str]
 
@@ -47,24 +45,22 @@ class Session:
             student_view=s.student_view,
             teacher_view=s.teacher_view,
             flip=bool(s.flip),
-            device=self.device,
+            device=self.backend.device,
         )
 
     def evaluation(self) -> Evaluation:
         """The test images."""
-        return Evaluation(self.data.test, mean=self.data.mean, std=self.data.std, device=self.device)
+        return self.backend.evaluation(self.data.test, mean=self.data.mean, std=self.data.std)
 
-    def network(self, seed: int) -> nn.Module:
+    def network(self, seed: int) -> Network:
         """A float network with the random weights of this seed."""
-        torch.manual_seed(seed_of(seed, "initial weights"))
-        model = build_model(
+        return self.backend.network(
             self.settings.model,
             num_classes=len(self.data.classes),
             in_channels=self.data.channels,
             size=self.data.size,
+            seed=seed,
         )
-        # The memory format in which convolutions are fastest, on CPUs and on GPUs.
-        return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def info(self, role: str, recipe: cr.Recipe | None) -> NetworkInfo:
         """What is stored with a network."""
@@ -85,10 +81,10 @@ class Session:
 
 def open_session(settings: Settings, *, out: Path, resume: bool) -> Session:
     """Check everything, then create the output folder, or find that it can be continued."""
-    device = choose_device(settings.device)
+    backend = open_backend(settings.backend, device=settings.device)
     data = load_data(settings.data, image_size=settings.image_size)
-    settings = _decide(settings, data, device)
-    session = Session(settings, data, device, out, versions())
+    settings = _decide(settings, data, backend)
+    session = Session(settings, data, backend, out, versions(backend))
     _check_network(session)
     stored = {"settings": settings.to_dict(), "fingerprint": data.fingerprint}
     file = out / "settings.json"
@@ -103,22 +99,18 @@ def open_session(settings: Settings, *, out: Path, resume: bool) -> Session:
     return session
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a `--device` option."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda: this torch sees no CUDA device; use --device cpu, or install a CUDA build")
-    return torch.device(name)
-
-
-def versions() -> dict[str, str]:
+def versions(backend: Backend) -> dict[str, str]:
     """What decides a result to the last bit, beside the settings: versions, and how many threads share a sum."""
     packages = {name: importlib.metadata.version(name) for name in ("crcore", "torch", "numpy", "kornia")}
-    return {"python": platform.python_version(), **packages, "cpu threads": str(torch.get_num_threads())}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        **backend.versions(),
+        "cpu threads": str(torch.get_num_threads()),
+    }
 
 
-def _decide(settings: Settings, data: ImageData, device: torch.device) -> Settings:
+def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
     """Replace what was left to the data by values."""
     images, classes = len(data.train.labels), len(data.classes)
     labels = settings.labels
@@ -142,7 +134,9 @@ def _decide(settings: Settings, data: ImageData, device: torch.device) -> Settin
         labels=labels,
         methods=methods,
         flip=data.name != DIGITS if settings.flip is None else settings.flip,
-        device=device.type,
+        engine=backend.engine,
+        # Keras does not say where its engine computes.
+        device="auto" if backend.name == "keras" else backend.device.type,
         evaluate_every=settings.evaluate_every or max(settings.epochs // 20, 1),
     )
 
@@ -152,9 +146,9 @@ def _check_network(session: Session) -> None:
     network = session.network(session.settings.seeds[0])
     for method in (METHODS[name] for name in session.settings.methods):
         if method.quantized:
-            prepare(network, recipe_of(session.settings, method, steps=1))
+            session.backend.prepare(network, recipe_of(session.settings, method, steps=1))
     if session.settings.init is not None:
-        load_init(session, network, METHODS[session.settings.methods[0]], steps=1)
+        load_init(session, network, METHODS[session.settings.methods[0]], steps=1, seed=session.settings.seeds[0])
 
 
 def recipe_of(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:
@@ -168,19 +162,13 @@ def recipe_of(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:
         ) from error
 
 
-def prepare(network: nn.Module, recipe: cr.Recipe) -> nn.Module:
-    """`crcore_torch.prepare`; its messages name the layer and the way out."""
-    student: nn.Module = crt.prepare(network, recipe)
-    return student
-
-
-def load_init(session: Session, network: nn.Module, method: Method, *, steps: int) -> nn.Module:
+def load_init(session: Session, network: Network, method: Method, *, steps: int, seed: int) -> Network:
     """The network to train, from the `--init` checkpoint: float, or already quantized in the same way.
 
     A float checkpoint is loaded into `network`, which stays the float reference; a quantized one gives a student.
     """
-    path = Path(session.settings.init or "")
-    tensors, info = read_network(path)
+    path, backend = Path(session.settings.init or ""), session.backend
+    state, info = backend.read_network(path)
     if info.model != session.settings.model:
         raise CommandError(f"--init {path} holds a {info.model}, asked for is --model {session.settings.model}")
     if (len(info.classes), info.channels) != (len(session.data.classes), session.data.channels):
@@ -190,16 +178,18 @@ def load_init(session: Session, network: nn.Module, method: Method, *, steps: in
         )
     stored = network_recipe(info, path)
     if stored is None:
-        load_state(network, tensors, path)
-        return prepare(network, recipe_of(session.settings, method, steps=steps)) if method.quantized else network
+        backend.load_state(network, state, path)
+        if not method.quantized:
+            return network
+        return backend.prepare(network, recipe_of(session.settings, method, steps=steps), seed=seed)
     if not method.quantized or method.distillation:
         raise CommandError(
-            f"--init {path} holds a quantized network; method {method.name} needs a float one (float.safetensors)"
+            f"--init {path} holds a quantized network; method {method.name} needs a float one (float{backend.suffix})"
         )
     recipe = recipe_of(session.settings, method, steps=steps)
     check_same_quantization(stored, recipe, what=f"--init {path}")
-    student = prepare(network, recipe)
-    load_state(student, tensors, path)
+    student = backend.prepare(network, recipe, seed=seed)
+    backend.load_state(student, state, path)
     return student
 
 
@@ -228,7 +218,7 @@ def _check_resume(out: Path, asked: dict[str, Any]) -> None:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         check_same_settings(
-            {k: v for k, v in stored["settings"].items() if k != "data"},
+            BEFORE_BACKENDS | {k: v for k, v in stored["settings"].items() if k != "data"},
             {k: v for k, v in asked["settings"].items() if k != "data"},
             folder=str(out),
         )

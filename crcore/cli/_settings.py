@@ -4,10 +4,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from crcore.cli._backends import check_options_of_keras
 from crcore.cli._errors import CommandError
 
 QUANTIZERS = ("lsq", "lsq+", "pact", "dorefa", "minmax")
 VIEWS = ("weak", "strong", "none")
+BACKENDS = ("torch", "keras")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ class Settings:
     evaluate_every: int | None
     device: str
     amp: bool
+    backend: str = "torch"
+    engine: str | None = None  # what the backend computes with; of Keras, the environment decides
 
     def __post_init__(self) -> None:
+        if self.backend == "keras":
+            check_options_of_keras(device=self.device, amp=self.amp)
         check_bits(self.weight_bits, self.activation_bits)
         counts = {
             "--epochs": self.epochs,
@@ -108,7 +114,8 @@ def check_same_settings(stored: dict[str, Any], asked: dict[str, Any], *, folder
             )
     for name in sorted(stored.keys() | asked.keys()):
         if name not in ("methods", "seeds") and stored.get(name) != asked.get(name):
+            option = "KERAS_BACKEND" if name == "engine" else f"--{name.replace('_', '-')}"
             raise CommandError(
-                f"--resume: {folder} was made with --{name.replace('_', '-')} {stored.get(name)}, now it is "
+                f"--resume: {folder} was made with {option} {stored.get(name)}, now it is "
                 f"{asked.get(name)}; give the same value, or another --out"
             )

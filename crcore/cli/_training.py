@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import crcore as cr
 from crcore.cli._batches import Batches
 from crcore.cli._checkpoints import load_progress, save_progress
-from crcore.cli._errors import CommandError
 from crcore.cli._evaluation import Evaluation
+from crcore.cli._history import average_decay, check_finite, consistency_weight, history_entry
 from crcore.cli._methods import Method
 from crcore.cli._progress import Progress
 from crcore.cli._random import seed_of
@@ -37,8 +37,8 @@ def train(
     amp: bool,
     progress: Progress,
     progress_file: Path,
-) -> tuple[crt.Teacher | None, dict[str, Any]]:
-    """Train `student` in place and return the averaged teacher, where the method has one, and the record of the run.
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Train `student` in place and return the averaged network, where the method has one, and the record of the run.
 
     The run continues from `progress_file` where there is one, and ends as it would have ended without the interruption:
     what a step does depends on the seed, the step and the state in that file.
@@ -87,7 +87,8 @@ def train(
             task_sum += task.detach()
             consistency_sum += term.detach()
             if (step + 1) % SHOW_EVERY == 0:
-                progress.step(epoch + 1, step + 1, task.item(), term.item(), _weight(recipe, step), _decay(teacher))
+                weight, decay = consistency_weight(recipe, step), average_decay(recipe, step + 1)
+                progress.step(epoch + 1, step + 1, task.item(), term.item(), weight, decay)
             else:
                 progress.advance()
 
@@ -95,29 +96,25 @@ def train(
         measured = last or (epoch + 1) % evaluate_every == 0
         task_mean = task_sum.item() / batches.steps_per_epoch
         consistency_mean = consistency_sum.item() / batches.steps_per_epoch
-        if not math.isfinite(task_mean + consistency_mean):
-            raise CommandError(
-                f"{method.name}, seed {batches.seed}: the loss is not a finite number in epoch {epoch + 1}; "
-                f"give a learning rate below {lr} ({'--lr' if method.quantized else '--float-lr'}) and another --out"
-            )
-        entry = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * batches.steps_per_epoch,
-            "task": task_mean,
-            "consistency": consistency_mean,
-            "weight": _weight(recipe, step),
-            "decay": _decay(teacher),
-            "accuracy": evaluation.accuracy(student) if measured else None,
-            "teacher_accuracy": evaluation.accuracy(teacher.model) if measured and teacher is not None else None,
-        }
+        check_finite(task_mean + consistency_mean, method, seed=batches.seed, epoch=epoch + 1, lr=lr)
+        entry = history_entry(
+            recipe,
+            epoch=epoch + 1,
+            step=(epoch + 1) * batches.steps_per_epoch,
+            task=task_mean,
+            consistency=consistency_mean,
+            accuracy=evaluation.accuracy(student) if measured else None,
+            teacher_accuracy=evaluation.accuracy(teacher.model) if measured and teacher is not None else None,
+        )
         record["history"].append(entry)
         record["seconds"] += time.perf_counter() - began
         save_progress(progress_file, modules, optimizer, record)
         progress.epoch(entry, epochs)
+    optimizer.zero_grad()  # a copy of the network would carry its gradients along
     if teacher is not None:
         teacher.eval()
     student.eval()
-    return teacher, record
+    return None if teacher is None else teacher.model, record
 
 
 def _target(
@@ -132,11 +129,3 @@ def _target(
         averaged: Tensor = teacher(batches.teacher(step, unlabeled=method.unlabeled))
         return averaged.float()
     return None
-
-
-def _weight(recipe: cr.Recipe | None, step: int) -> float | None:
-    return float(recipe.consistency.weight_at(step)) if recipe and recipe.consistency else None
-
-
-def _decay(teacher: crt.Teacher | None) -> float | None:
-    return float(teacher.decay) if teacher is not None else None

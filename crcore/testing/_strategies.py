@@ -196,9 +196,10 @@ def cotangents(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
 @st.composite
 def logits(draw: st.DrawFn, largest: float = 1e4) -> LogitsCase:
     """Logits of rank 1 to 5 with the classes on any axis; usual ones, near-equal ones, and some of +-``largest``."""
-    classes = draw(st.integers(2, 7))
-    shape: list[int] = list(draw(st.sampled_from(((), (5,), (3, 4), (2, 3, 2), (2, 1, 2, 3)))))
-    axis = draw(st.integers(-len(shape) - 1, len(shape)))
+    # Few shapes: some backends compile each operation for each of them.
+    classes = draw(st.sampled_from((2, 5)))
+    shape: list[int] = list(draw(st.sampled_from(((), (5,), (3, 4), (2, 1, 2, 3)))))
+    axis = draw(st.sampled_from((-1, 1, -2) if shape else (-1, 0)))
     shape.insert(axis % (len(shape) + 1), classes)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     spread = draw(st.sampled_from((0.1, 1.0, 4.0, 10.0)))

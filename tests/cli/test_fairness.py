@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from crcore.cli import _runs
 from crcore.cli._batches import Batches
 from crcore.cli._data import load_data
 from crcore.cli._split import stratified
+from crcore.cli._torch_backend import TorchBackend
 
 SHORT = ("--seeds", 1, "--epochs", 3)
 
@@ -30,11 +30,11 @@ def test_every_method_gives_its_student_the_same_bits(
 ) -> None:
     seen: dict[str, list[Tensor]] = defaultdict(list)
     methods = ("qat", "qat+ema", "qat+kd", "qat+cr", "qat+cr+unlabeled")
-    names = iter(methods)
-    prepare = _runs.prepare
+    names = iter(("a check before the first run",) * len(methods) + methods)
+    prepare = TorchBackend.prepare
 
-    def prepare_and_watch(network: nn.Module, recipe: Any) -> nn.Module:
-        student, name = prepare(network, recipe), next(names)
+    def prepare_and_watch(self: TorchBackend, network: nn.Module, recipe: Any, *, seed: int = 0) -> nn.Module:
+        student, name = prepare(self, network, recipe, seed=seed), next(names)
 
         def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if module.training:
@@ -43,7 +43,7 @@ def test_every_method_gives_its_student_the_same_bits(
         student.register_forward_pre_hook(watch)
         return student
 
-    monkeypatch.setattr(_runs, "prepare", prepare_and_watch)
+    monkeypatch.setattr(TorchBackend, "prepare", prepare_and_watch)
     options = ("--methods", ",".join(methods), "--student-view", "strong", "--batch-size", 50, *SHORT)
     outcome = crcore("compare", *options, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err

@@ -10,7 +10,20 @@ import crcore as cr
 from crcore.cli import main
 from crcore.cli._methods import METHODS
 
-HEAVY = ("torch", "kornia", "datasets", "matplotlib", "scipy", "sklearn", "rich", "safetensors", "PIL")
+HEAVY = (
+    "torch",
+    "kornia",
+    "datasets",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "rich",
+    "safetensors",
+    "PIL",
+    "keras",
+    "tensorflow",
+    "jax",
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"]])

@@ -1,5 +1,6 @@
 """A run that is killed or interrupted ends as it would have ended."""
 
+import json
 import os
 import signal
 import subprocess
@@ -82,6 +83,16 @@ def test_resuming_a_finished_run_trains_nothing(crcore, undisturbed) -> None:
     assert contents(undisturbed) == before
 
 
+def test_a_folder_of_a_version_with_one_backend_is_resumed(crcore, undisturbed) -> None:
+    before = contents(undisturbed)
+    stored = json.loads(before["settings.json"])
+    del stored["settings"]["backend"], stored["settings"]["engine"]
+    (undisturbed / "settings.json").write_text(json.dumps(stored))
+    outcome = crcore(*ARGUMENTS, "--out", undisturbed, "--resume")
+    assert outcome.status == 0, outcome.err
+    assert contents(undisturbed) == before
+
+
 def test_a_temporary_file_of_a_killed_run_does_no_harm(crcore, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("compare", "--methods", "fp32", "--seeds", 1, "--epochs", 2, "--out", out)
@@ -127,6 +138,7 @@ def test_methods_and_seeds_may_be_added(crcore, tmp_path) -> None:
         (("--labels", "150"), "--labels 200"),
         (("--methods", "qat"), "fp32"),
         (("--ema-decay", "0.5"), "--ema-decay"),
+        (("--backend", "keras", "--model", "resnet8"), "--backend torch"),
     ],
 )
 def test_resuming_with_another_setting_names_it(crcore, undisturbed, options, named) -> None:

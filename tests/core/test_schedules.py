@@ -167,3 +167,9 @@ def test_a_constant_decay_is_the_number() -> None:
     assert cr.EMA(cr.linear_ramp(0.9, 10, start=0.9)) == cr.EMA(0.9)
     assert cr.EMA(0.9) != cr.EMA(0.9, warmup=5)
     assert cr.EMA(0.9) != cr.EMA(0.9, quantized=False)
+
+
+@pytest.mark.parametrize("decay", [1.0 - 2.0**-53, 1.0 - 1e-12])
+def test_a_decay_next_to_one_takes_no_search(decay: float) -> None:
+    """The step at which the warm-up's cap would reach it is beyond what floats can count."""
+    assert cr.EMA(decay, warmup=100).warmup == 100

@@ -1,0 +1,70 @@
+"""The Keras backend of the command: thin, over the modules that do the work. Imported for `--backend keras` alone."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import crcore_keras as crk
+import keras
+import torch
+
+import crcore as cr
+from crcore.cli import _keras_training
+from crcore.cli._data import Images
+from crcore.cli._keras_checkpoints import load_state, read_network, save_network
+from crcore.cli._keras_evaluation import KerasEvaluation
+from crcore.cli._keras_models import build_model
+from crcore.cli._methods import Method
+from crcore.cli._network_info import NetworkInfo
+from crcore.cli._random import seed_of
+
+
+class KerasBackend:
+    """Networks are `keras.Model`s of images ``[N, H, W, C]``; the engine chooses the device."""
+
+    name = "keras"
+    suffix = ".keras"
+    progress_name = "progress.npz"
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.engine: str = keras.config.backend()
+
+    def versions(self) -> dict[str, str]:
+        """Keras and its engine."""
+        return {"keras": keras.__version__, self.engine: importlib.import_module(self.engine).__version__}
+
+    def network(self, model: str, *, num_classes: int, in_channels: int, size: tuple[int, int], seed: int = 0) -> Any:
+        """A float network with the random weights of a seed."""
+        _seed(seed, "initial weights")
+        return build_model(model, num_classes=num_classes, in_channels=in_channels, size=size)
+
+    def prepare(self, network: Any, recipe: cr.Recipe, *, seed: int = 0) -> Any:
+        """`crcore_keras.prepare`; random layers of the copy, such as dropout, start from `seed` in every method."""
+        _seed(seed, "network")
+        return crk.prepare(network, recipe)
+
+    def train(self, student: Any, method: Method, *, amp: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """See `_keras_training.train`; `amp` is refused before."""
+        return _keras_training.train(student, method, **options)
+
+    def evaluation(self, test: Images, *, mean: Sequence[float], std: Sequence[float]) -> KerasEvaluation:
+        """The test images as arrays."""
+        return KerasEvaluation(test, mean=mean, std=std)
+
+    def save_network(self, path: Path, network: Any, info: NetworkInfo) -> None:
+        """Write a .keras file."""
+        save_network(path, network, info)
+
+    def read_network(self, path: Path) -> tuple[Path, NetworkInfo]:
+        """Read what `save_network` wrote."""
+        return read_network(path)
+
+    def load_state(self, network: Any, state: Path, path: Path) -> None:
+        """Load the weights of the file `state`, which is `path`."""
+        load_state(network, path)
+
+
+def _seed(seed: int, stream: str) -> None:
+    keras.utils.set_random_seed(seed_of(seed, stream) % 2**32)  # which is what it takes

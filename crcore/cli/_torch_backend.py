@@ -1,0 +1,82 @@
+"""The torch backend of the command: thin, over the modules that do the work."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import crcore_torch as crt
+import torch
+from torch import Tensor, nn
+
+import crcore as cr
+from crcore.cli import _training
+from crcore.cli._checkpoints import load_state, read_network, save_network
+from crcore.cli._data import Images
+from crcore.cli._errors import CommandError
+from crcore.cli._evaluation import Evaluation
+from crcore.cli._methods import Method
+from crcore.cli._models import build_model
+from crcore.cli._network_info import NetworkInfo
+from crcore.cli._random import seed_of
+
+
+class TorchBackend:
+    """Networks are `torch.nn.Module`s on one device."""
+
+    name = engine = "torch"
+    suffix = ".safetensors"
+    progress_name = "progress.safetensors"
+
+    def __init__(self, device: str) -> None:
+        self.device = choose_device(device)
+
+    def versions(self) -> dict[str, str]:
+        """Nothing beside what every backend names: torch is one of those, because it draws the views."""
+        return {}
+
+    def network(
+        self, model: str, *, num_classes: int, in_channels: int, size: tuple[int, int], seed: int = 0
+    ) -> nn.Module:
+        """A float network with the random weights of a seed."""
+        torch.manual_seed(seed_of(seed, "initial weights"))
+        network = build_model(model, num_classes=num_classes, in_channels=in_channels, size=size)
+        # The memory format in which convolutions are fastest, on CPUs and on GPUs.
+        return network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def prepare(self, network: nn.Module, recipe: cr.Recipe, *, seed: int = 0) -> nn.Module:
+        """`crcore_torch.prepare`. Random layers take their seeds from the step, see `_training.py`."""
+        student: nn.Module = crt.prepare(network, recipe)
+        return student
+
+    def train(
+        self, student: nn.Module, method: Method, *, reference: nn.Module | None, **options: Any
+    ) -> tuple[nn.Module | None, dict[str, Any]]:
+        """See `_training.train`."""
+        return _training.train(student, method, reference=None if reference is None else reference.eval(), **options)
+
+    def evaluation(self, test: Images, *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
+        """The test images, on the device."""
+        return Evaluation(test, mean=mean, std=std, device=self.device)
+
+    def save_network(self, path: Path, network: nn.Module, info: NetworkInfo) -> None:
+        """Write a safetensors file."""
+        save_network(path, network, info)
+
+    def read_network(self, path: Path) -> tuple[dict[str, Tensor], NetworkInfo]:
+        """Read what `save_network` wrote."""
+        if path.suffix == ".keras":
+            raise CommandError(f"{path} is a Keras network; give --backend keras, or a .safetensors file")
+        return read_network(path)
+
+    def load_state(self, network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+        """Load the tensors of `read_network`."""
+        load_state(network, state, path)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a `--device` option."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: this torch sees no CUDA device; use --device cpu, or install a CUDA build")
+    return torch.device(name)

@@ -1,0 +1,23 @@
+"""These tests run once per engine, each time in a process of its own: KERAS_BACKEND=jax pytest tests/keras."""
+
+from __future__ import annotations
+
+import os
+
+import keras
+import pytest
+
+ENGINES = ("tensorflow", "jax", "torch")
+
+
+def pytest_configure() -> None:
+    engine = os.environ.get("KERAS_BACKEND")
+    assert engine in ENGINES, f"KERAS_BACKEND must be one of {ENGINES}, got {engine!r}; `make test` runs all three"
+    assert keras.backend.backend() == engine
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    keras.utils.set_random_seed(0)
+    yield
+    keras.utils.clear_session()
