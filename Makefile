@@ -1,16 +1,21 @@
 # make demo and make test work on a fresh machine with Python 3.11 or later; everything is installed into .venv.
 # Another interpreter: make test PYTHON=python3.12      Another build of torch: make test TORCH='torch>=2.11'
-# More arguments:      make test ARGS='-k teacher'      make demo ARGS='--epochs 5 --seeds 1'
+# A part of the tests: make test ARGS='tests/core -x'   make test ARGS=tests/keras ENGINE=jax
+# More arguments:      make demo ARGS='--epochs 5 --seeds 1'
 
 PYTHON ?= python3
 VENV ?= .venv
 # Installed before everything else, and named again with it: what depends on torch then keeps this build of it.
 TORCH ?= torch==2.13.0
 ARGS ?=
+# The Keras tests run on each of the engines, each time in a process of its own; ENGINE is for a part of the tests.
+ENGINES = tensorflow jax torch
+ENGINE ?= torch
+KERAS_TESTS = tests/keras tests/parity/test_keras.py backends/crcore_keras
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Tests and demo read nothing from the network.
-OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+OFFLINE = TF_CPP_MIN_LOG_LEVEL=2 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
@@ -21,8 +26,14 @@ help:  ## show this list
 demo: $(VENV)/.installed-cli  ## install, train the digits in float, QAT and QAT + consistency, print the table
 	$(OFFLINE) $(VENV)/bin/python -m crcore.cli compare $(ARGS)
 
-test: $(VENV)/.installed-dev  ## install, run all tests
-	$(OFFLINE) $(VENV)/bin/python -m pytest $(ARGS)
+test: $(VENV)/.installed-dev  ## install, run all tests, those of Keras on each engine
+ifeq ($(strip $(ARGS)),)
+	$(OFFLINE) KERAS_BACKEND=$(ENGINE) $(VENV)/bin/python -m pytest
+	@set -e; for engine in $(ENGINES); do \
+	  echo "Keras on $$engine"; $(OFFLINE) KERAS_BACKEND=$$engine $(VENV)/bin/python -m pytest $(KERAS_TESTS); done
+else
+	$(OFFLINE) KERAS_BACKEND=$(ENGINE) $(VENV)/bin/python -m pytest $(ARGS)
+endif
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/python -m ruff check .

@@ -195,7 +195,7 @@ class ConsistencyModel(keras.Model):
         if not training:
             return task
         if self._ema is not None:  # not logged in `call`, from which JAX takes no metrics
-            self._log("decay", self._decay_at(ops.maximum(self._updates - 1, 0)))
+            self._record("decay", self._decay_at(ops.maximum(self._updates - 1, 0)))
         self._batches.assign(self._batches + 1)
         if self.recipe.consistency is None:
             return task
@@ -203,9 +203,9 @@ class ConsistencyModel(keras.Model):
             view = self._augmented(self._joined(x), 1)
         target = self._teacher_logits(self.teacher(view, training=False))  # type: ignore[misc]
         term, weight = consistency_loss(self.recipe.consistency, self._logits(y_pred), target, step=self._updates)
-        self._log("task_loss", task)
-        self._log("consistency_loss", term)
-        self._log("lambda", weight)
+        self._record("task_loss", task)
+        self._record("consistency_loss", term)
+        self._record("lambda", weight)
         return task + ops.cast(term, task.dtype)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class ConsistencyModel(keras.Model):
     def _decay_at(self, updates: Any) -> Any:
         return self._ema.decay_at(ops.cast(updates, "float32"), xp=xp)  # type: ignore[union-attr]
 
-    def _log(self, name: str, value: Any) -> None:
+    def _record(self, name: str, value: Any) -> None:
         if name in self._logged:
             self._logged[name].update_state(value)
 

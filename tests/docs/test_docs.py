@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import crcore_keras
 import crcore_torch
 import pytest
 
@@ -78,9 +79,20 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
-@pytest.mark.parametrize("module", [crcore, crcore_torch, crcore.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [crcore, crcore_torch, crcore_keras, crcore.testing], ids=lambda module: module.__name__)
 def test_every_public_name_is_listed(module: object) -> None:
     sections = (ROOT / "docs/api.md").read_text(encoding="utf-8").split("\n## ")
     (section,) = (s for s in sections if s.startswith(f"`{module.__name__}`\n"))
     listed = {name.strip("`") for row in re.findall(r"^\| \[(.*?)\]", section, re.M) for name in row.split(", ")}
     assert {name for name in listed if "." not in name} == set(module.__all__)
+
+
+def test_the_parity_table_of_readme_is_that_of_the_parity_page() -> None:
+    """The page's is made by benchmarks/training_parity.py; README shows its last step."""
+    page = (ROOT / "docs/parity.md").read_text(encoding="utf-8")
+    made = page.partition("<!-- training parity: begin -->")[2].partition("<!-- training parity: end -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in made.splitlines() if line.startswith("|")]
+    last = [[row[0], *row[2:]] for row in rows if row[1] == "50"]
+    shown = re.findall(r"^\| ((?:Keras on|PyTorch in) .*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert [row.split(" | ") for row in shown] == last
+    assert len(last) == 4

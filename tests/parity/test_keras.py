@@ -71,7 +71,6 @@ class CompiledAdapter(KerasAdapter):
     compiled = True
 
 
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras on torch compiles nothing by default")
 @pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.bits == 3])
 def test_the_compiler_changes_nothing(name: str) -> None:
     """XLA turns some divisions into products, for one, which is why the core divides through its namespace."""
