@@ -1,7 +1,8 @@
 """What a training step costs on each Keras engine, beside the float step: ResNet-18 in CIFAR form, W4A4.
 
-Steps are those that ``fit`` runs, compiled where Keras compiles (TensorFlow and JAX; torch runs eagerly), on one CPU
-thread. In each round every variant makes its steps in turn, so that whatever else the machine does meets all of them:
+Steps are those that ``fit`` runs, on one CPU thread: JAX compiles them with XLA; TensorFlow makes a graph of them,
+which Keras gives to XLA only where there is an accelerator, or with --xla; torch runs them eagerly. In each round every
+variant makes its steps in turn, so that whatever else the machine does meets all of them:
 
   float        the network itself
   qat          prepare(network, recipe), weights and activations LSQ at 4 bits, first and last layer at 8
@@ -20,8 +21,9 @@ examples:
   python benchmarks/keras_step.py                                        all engines, one after the other
   python benchmarks/keras_step.py --engines jax --rounds 20              one engine, for longer (or KERAS_BACKEND=jax)
   python benchmarks/keras_step.py --out benchmarks/results               writes keras_step-<engine>.json there
-  pip install --no-deps --target /tmp/peers HGQ2 quantizers
-  python benchmarks/keras_step.py --peers /tmp/peers                     with HGQ2, which crcore does not install
+  python benchmarks/keras_step.py --engines tensorflow --xla             compile(jit_compile=True)
+  pip install --no-deps --target peers HGQ2 quantizers
+  python benchmarks/keras_step.py --peers peers                          with HGQ2, which crcore does not install
   python benchmarks/keras_step.py --model resnet8 --batch 4 --rounds 1   does it run at all?
 """
 
@@ -36,6 +38,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ RATIOS = {
     "hgq2 / float": ("hgq2", "float"),
 }
 AIMS = {"qat / float": 1.25, "consistency / qat": 1.36}  # on the engines that compile
-# Also how each engine is told to use one thread.
+# How the engines are told to use one thread and no accelerator; `measure` does the rest.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
@@ -71,7 +74,10 @@ def main() -> None:
         print(table(found), flush=True)
         if given.out:
             given.out.mkdir(parents=True, exist_ok=True)
-            (given.out / f"keras_step-{engine}.json").write_text(json.dumps(found, indent=1) + "\n")
+            name = (
+                f"keras_step-{engine}-xla.json" if given.xla and engine == "tensorflow" else f"keras_step-{engine}.json"
+            )
+            (given.out / name).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -96,6 +102,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps per round (default: %(default)s)")
     parser.add_argument("--model", default="resnet18", help="resnet8, resnet20 or resnet18 (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument(
+        "--xla", action="store_true", help="compile with XLA on TensorFlow; keras_step-tensorflow-xla.json"
+    )
     parser.add_argument("--peers", type=Path, metavar="FOLDER", help="where HGQ2 is, if not installed")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write keras_step-<engine>.json there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -142,7 +151,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
         torch.set_num_threads(1)
     keras.utils.set_random_seed(0)
-    networks, missing = built(given.variants, given.model)
+    networks, missing = built(given.variants, given.model, xla=given.xla)
     wall: dict[str, list[list[float]]] = {name: [] for name in networks}
     cpu: dict[str, list[list[float]]] = {name: [] for name in networks}
     first: dict[str, float] = {}
@@ -158,7 +167,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         progress(f"{engine}: round {round_ + 1} of {given.rounds}, seconds per step: {seconds_text}")
     return {
         "engine": engine,
-        "compiled": {name: bool(network.jit_compile) for name, network in networks.items()},
+        "XLA": {name: bool(network.jit_compile) for name, network in networks.items()},
         "model": given.model,
         "batch": given.batch,
         "threads": 1,
@@ -172,7 +181,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "seconds per step, by round": wall,
         "CPU seconds per step, by round": cpu,
         "versions": versions(missing),
-        "machine": {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.system(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "load average at the end": os.getloadavg()[1] if hasattr(os, "getloadavg") else None,
+        },
     }
 
 
@@ -181,12 +195,12 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def built(variants: tuple[str, ...], model: str) -> tuple[dict[str, Any], dict[str, str]]:
+def built(variants: tuple[str, ...], model: str, *, xla: bool) -> tuple[dict[str, Any], dict[str, str]]:
     """The compiled variants, all with the same initial weights, and why others are missing."""
+    import crcore_keras as crk
     import keras
 
     import crcore as cr
-    import crcore_keras as crk
     from crcore.cli._keras_models import MODELS
 
     def recipe(**options: Any) -> cr.Recipe:
@@ -214,7 +228,8 @@ def built(variants: tuple[str, ...], model: str) -> tuple[dict[str, Any], dict[s
             progress(f"hgq2 is left out, {missing[name]}")
     for each in networks.values():
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        each.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
+        jit_compile = True if xla and keras.backend.backend() == "tensorflow" else "auto"
+        each.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss, jit_compile=jit_compile)
     return networks, missing
 
 
@@ -308,7 +323,7 @@ def data(batch: int, steps: int, *, two_views: bool) -> Any:
 
 def medians(samples: dict[str, list[list[float]]]) -> dict[str, float]:
     """Over all steps of all rounds."""
-    return {name: statistics.median(sum(rounds, [])) for name, rounds in samples.items()}
+    return {name: statistics.median(chain.from_iterable(rounds)) for name, rounds in samples.items()}
 
 
 def ratios(samples: dict[str, list[list[float]]]) -> dict[str, float]:
@@ -337,7 +352,8 @@ def processor() -> str:
 
 def table(found: dict[str, Any]) -> str:
     """The ratios in Markdown."""
-    lines = [f"| {found['engine']} | ratio | of CPU time | aim |", "|---|---|---|---|"]
+    engine = found["engine"] + (" with XLA" if any(found["XLA"].values()) else "")
+    lines = [f"| {engine} | ratio | of CPU time | aim |", "|---|---|---|---|"]
     for title, ratio in found["ratios"].items():
         aim = found["aims"].get(title)
         cpu = found["ratios of CPU time"][title]

@@ -2,7 +2,7 @@
 
 Trains a small 4-bit network on scikit-learn's handwritten digits with 400 labels and 600 images without a label, and
 prints the test accuracy of the student, of its teacher, and of the integer form. Runs on the engine that KERAS_BACKEND
-names: tensorflow, jax or torch. Needs `pip install crcore[keras] scikit-learn` and that engine; takes a minute on a CPU.
+names: tensorflow, jax or torch. Needs `pip install crcore[keras] scikit-learn` and that engine; a minute on a CPU.
 """
 
 import crcore_keras as crk

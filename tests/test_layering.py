@@ -517,7 +517,7 @@ def test_parity_is_never_skipped(path: Path) -> None:
 def test_no_test_is_left_out() -> None:
     configured = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
     (keras,) = re.findall(r"^KERAS_TESTS = (.*)$", (ROOT / "Makefile").read_text(), re.M)
-    run = tuple([*configured, *keras.split()])
+    run = (*configured, *keras.split())
     every = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/test_*.py")]
     assert [path for path in every if not path.startswith(run)] == []
 

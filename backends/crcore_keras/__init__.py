@@ -8,11 +8,13 @@ model.fit(train, validation_data=test, callbacks=[crk.ConsistencyCallback(evalua
 crk.convert(model.teacher)                         # integers, scales, zero points
 """
 
+from crcore_keras import _engine as _engine  # first, for its error  # isort: skip
 from crcore_keras._callback import ConsistencyCallback as ConsistencyCallback
 from crcore_keras._consistency_model import ConsistencyModel as ConsistencyModel
 from crcore_keras._convert import convert as convert
 from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
+from crcore_keras._load import load_model as load_model
 from crcore_keras._portable import load_portable as load_portable
 from crcore_keras._portable import save_portable as save_portable
 from crcore_keras._prepare import prepare as prepare
@@ -23,6 +25,7 @@ __all__ = [
     "FakeQuantize",
     "IntegerWeight",
     "convert",
+    "load_model",
     "load_portable",
     "prepare",
     "save_portable",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 from crcore import EMA, CRCoreError, Recipe
-from crcore_keras._data import LABELED, UNLABELED, has_unlabeled, with_unlabeled
+from crcore_keras._augment import apply, check_savable, seeds_of
+from crcore_keras._checks import check_arguments
+from crcore_keras._data import LABELED, UNLABELED, check_alike, has_unlabeled, with_unlabeled
 from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._layers import PACKAGE, quantizers_in
 from crcore_keras._logits import logits_function
@@ -19,6 +21,7 @@ from crcore_keras._model import calibrate, first_batch, is_calibrated, recompile
 from crcore_keras._prepare import copied
 from crcore_keras._xp import xp
 
+SEED = "seed_"  # in files, before the number of a seed generator
 Network = Literal["student", "teacher", "both"]
 
 
@@ -50,12 +53,13 @@ class ConsistencyModel(keras.Model):
     Attributes:
         student: the trained network.
         teacher: the averaged network, an ordinary model, compiled like this one; None where there is none.
-        step: optimizer steps that the average includes; what the lambda schedule takes.
+        step: optimizer steps that the average includes, all where there is none; what the lambda schedule takes.
 
     Raises:
         CRCoreError: the student is not prepared, the recipe asks for what cannot be, or ``output`` is no output.
 
     >>> import crcore as cr, keras
+    >>> from crcore_keras import prepare
     >>> net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(2)])
     >>> recipe = cr.Recipe(cr.LSQ(4), cr.LSQ(4), consistency=cr.Consistency(), ema=cr.EMA(0.9))
     >>> model = ConsistencyModel(prepare(net, recipe), recipe, augment=keras.layers.GaussianNoise(0.1))
@@ -74,28 +78,30 @@ class ConsistencyModel(keras.Model):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        _check(student, recipe, augment, teacher)
+        check_arguments(student, recipe, augment, teacher)
         self.student = student
         self.recipe = recipe
         self.augment = augment
         self._output = output
         self._distills = teacher is not None
         self._ema = None if self._distills else recipe.ema or (EMA() if recipe.consistency else None)
-        self.teacher = copied(teacher) if self._distills else None  # the user's model stays trainable
+        self.teacher: Any = copied(teacher) if self._distills else None  # the user's model stays trainable
         if self._ema is not None:
             self.teacher = copied(student)
             for quantizer in quantizers_in(self.teacher):
                 quantizer.enabled = self._ema.quantized
         if self.teacher is not None:
             self.teacher.trainable = False
+        self._seeds = seeds_of(augment)  # so that Keras carries their state through a compiled step, and saves it
         self._logits = logits_function(student, output)
-        self._teacher_logits = logits_function(self.teacher, output) if self.teacher is not None else None
+        self._teacher_logits: Any = logits_function(self.teacher, output) if self.teacher is not None else None
         if hasattr(student, "output_names"):  # by which Keras finds losses and metrics of several outputs
             self.output_names = student.output_names
         # Counted here, because an optimizer's own counter cannot be read inside of a compiled step on JAX.
-        self._updates, self._batches = (
+        # An update is due where fewer were made than optimizer steps, whatever optimizer comes next.
+        self._updates, self._steps, self._batches = (
             self.add_weight(shape=(), dtype="int32", initializer="zeros", trainable=False, name=counter)
-            for counter in ("optimizer_steps", "batches")
+            for counter in ("updates", "optimizer_steps", "batches_since_step")
         )
         self._batches_per_step = 1
         names = ["task_loss", "consistency_loss", "lambda"] if recipe.consistency is not None else []
@@ -104,13 +110,13 @@ class ConsistencyModel(keras.Model):
             self._logged[name] = keras.metrics.Mean(name)
         self._in_training = False
         self.validates: Network = "student"  # what fit() evaluates; set by ConsistencyCallback
-        self._view = _Scratch()
+        self._views = _Scratch()
         self.built = True
 
     @property
     def step(self) -> int:
-        """Optimizer steps that the average includes."""
-        return int(ops.convert_to_numpy(self._updates))
+        """Optimizer steps that the average includes; all of them, where there is no average."""
+        return int(ops.convert_to_numpy(self._steps if self._ema is None else self._updates))
 
     @property
     def has_average(self) -> bool:
@@ -125,8 +131,9 @@ class ConsistencyModel(keras.Model):
             for_networks = {key: keras.tree.map_structure(_fresh, options[key]) for key in options if "metrics" in key}
             self.teacher.compile("sgd", loss, **(options | for_networks))
         self.update_teacher()  # what an earlier optimizer did
-        self._batches_per_step = getattr(self.optimizer, "gradient_accumulation_steps", None) or 1
-        self._batches.assign(self._updates * self._batches_per_step)
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of a LossScaleOptimizer
+        self._batches_per_step = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        self._batches.assign(0)
 
     def compile_from_config(self, config: Any) -> None:
         """Called by Keras on loading."""
@@ -152,7 +159,11 @@ class ConsistencyModel(keras.Model):
             y = batch_size = None
         batch, x = first_batch(x, batch_size)
         self._prepare_for(batch)
-        return super().fit(x, y, batch_size, **options)
+        self.validates = "student"  # until a callback of this run says otherwise
+        self._in_training = True
+        history = super().fit(x, y, batch_size, **options)
+        self.update_teacher()
+        return history
 
     def train_on_batch(self, x: Any, *args: Any, **options: Any) -> Any:
         """As `keras.Model.train_on_batch`."""
@@ -162,7 +173,13 @@ class ConsistencyModel(keras.Model):
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **options: Any) -> Any:
         """As `keras.Model.evaluate`, of the student; `ConsistencyCallback` says what ``fit`` evaluates."""
         self.update_teacher()
-        self._in_training = False
+        in_training, self._in_training = self._in_training, False
+        try:
+            return self._evaluate(x, y, *args, **options)
+        finally:
+            self._in_training = in_training
+
+    def _evaluate(self, x: Any, y: Any, *args: Any, **options: Any) -> Any:
         if not options.get("_use_cached_eval_dataset"):
             return super().evaluate(x, y, *args, **options)
         logs: dict[str, Any] = {}
@@ -181,8 +198,9 @@ class ConsistencyModel(keras.Model):
             return self.student(x[0] if self._is_pair(x) else x, training=False)
         if self._ema is not None:  # before the student's statistics and observed ranges include this step
             self._move_average()
-        view = self._augmented(self._joined(x), 0)
-        self._view.value = view
+        x = self._joined(x)
+        view = self._augmented(x, 0)
+        self._views.value = x, view
         return self.student(view, training=True)
 
     def compute_loss(
@@ -191,18 +209,19 @@ class ConsistencyModel(keras.Model):
         """The task loss; in training the consistency term besides."""
         self._in_training = training
         task = super().compute_loss(x, y, _labeled(x, y_pred), sample_weight, training)
-        view, self._view.value = self._view.value, None
+        given, self._views.value = self._views.value, None
         if not training:
             return task
         if self._ema is not None:  # not logged in `call`, from which JAX takes no metrics
             self._record("decay", self._decay_at(ops.maximum(self._updates - 1, 0)))
-        self._batches.assign(self._batches + 1)
+        step = self._count_batch()
         if self.recipe.consistency is None:
             return task
+        inputs, view = given  # as `call` had them: in the dtype of the policy, of the engine's kind
         if not self._distills:
-            view = self._augmented(self._joined(x), 1)
-        target = self._teacher_logits(self.teacher(view, training=False))  # type: ignore[misc]
-        term, weight = consistency_loss(self.recipe.consistency, self._logits(y_pred), target, step=self._updates)
+            view = self._augmented(inputs, 1)
+        target = self._teacher_logits(self.teacher(view, training=False))
+        term, weight = consistency_loss(self.recipe.consistency, self._logits(y_pred), target, step=step)
         self._record("task_loss", task)
         self._record("consistency_loss", term)
         self._record("lambda", weight)
@@ -219,17 +238,31 @@ class ConsistencyModel(keras.Model):
 
     def update_teacher(self) -> None:
         """Let the average include the last optimizer step. Done before evaluation and at the end of ``fit``."""
-        if self._ema is not None and self.step < self._finished_steps(ops.convert_to_numpy(self._batches)):
+        if self._ema is not None and self.step < int(ops.convert_to_numpy(self._steps)):
             self._move_average()
+
+    def save_own_variables(self, store: Any) -> None:
+        """Called by Keras; saves the state of random layers besides, so that a resumed run draws as it would have."""
+        super().save_own_variables(store)
+        for index, seed in enumerate(self._seed_states()):
+            store[f"{SEED}{index}"] = ops.convert_to_numpy(seed)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Called by Keras. A model with other random layers than the saved one keeps its own seeds."""
+        keys = list(store.keys())
+        seeds = [key for key in keys if key.startswith(SEED)]
+        super().load_own_variables({key: store[key] for key in keys if key not in seeds})
+        if len(seeds) == len(self._seed_states()):
+            for index, seed in enumerate(self._seed_states()):
+                seed.assign(np.asarray(store[f"{SEED}{index}"]))
+
+    def _seed_states(self) -> list[Any]:
+        return [generator.state for layer in self._flatten_layers() for generator in layer._seed_generators]
 
     def get_config(self) -> dict[str, Any]:
         """For `from_config`."""
         serialize = keras.saving.serialize_keras_object
-        if inspect.isfunction(self.augment) and not _is_registered(self.augment):
-            raise CRCoreError(
-                f"augment={self.augment!r} cannot be saved; make it a keras layer, or decorate it with "
-                "@keras.saving.register_keras_serializable(), or save model.student alone"
-            )
+        check_savable(self.augment)
         return {
             "name": self.name,
             "student": serialize(self.student),
@@ -250,6 +283,8 @@ class ConsistencyModel(keras.Model):
 
     def _prepare_for(self, batch: Any) -> None:
         """Check the views, and set the scales that are missing; the average then starts from the student."""
+        if has_unlabeled(batch):
+            check_alike(batch)
         if self.recipe.consistency is not None and self.augment is None:
             for part in batch.values() if has_unlabeled(batch) else [batch]:
                 if not self._is_pair(part) and not self._distills:
@@ -260,7 +295,7 @@ class ConsistencyModel(keras.Model):
                     )
         if not is_calibrated(self.student):
             calibrate(self, batch)
-            self._view.value = None
+            self._views.value = None
         if self._ema is not None and not is_calibrated(self.teacher):
             for mine, source in zip(quantizers_in(self.teacher), quantizers_in(self.student), strict=True):
                 if not mine.initialized:
@@ -274,12 +309,7 @@ class ConsistencyModel(keras.Model):
     def _augmented(self, x: Any, which: int) -> Any:
         if self.augment is None:
             return x[which] if self._is_pair(x) else x
-        if (
-            isinstance(self.augment, keras.layers.Layer)
-            and "training" in inspect.signature(self.augment.call).parameters
-        ):
-            return self.augment(x, training=True)
-        return self.augment(x)
+        return apply(self.augment, x)
 
     def _is_pair(self, x: Any) -> bool:
         """Whether these are two views, and not the inputs of a network with two."""
@@ -288,13 +318,18 @@ class ConsistencyModel(keras.Model):
         inputs = getattr(self.student, "inputs", None)
         return inputs is None or len(inputs) == 1 or isinstance(x[0], (tuple, list, dict))
 
-    def _finished_steps(self, batches: Any) -> Any:
-        return batches // self._batches_per_step
+    def _count_batch(self) -> Any:
+        """Count the batch at hand; returns the optimizer steps made before it."""
+        steps, batches = ops.copy(self._steps), ops.copy(self._batches) + 1
+        is_step = batches >= self._batches_per_step
+        self._steps.assign(steps + ops.cast(is_step, "int32"))
+        self._batches.assign(ops.where(is_step, 0, batches))
+        return steps
 
     def _move_average(self) -> None:
         """One step of the average, where an optimizer step was made since the last one; traced or not."""
         updates = ops.copy(self._updates)
-        is_due = self._finished_steps(ops.copy(self._batches)) > updates
+        is_due = ops.copy(self._steps) > updates
         averaged, copied_ = _state_pairs(self.teacher, self.student)
         moves = ops.where(is_due, self._decay_at(updates), 1.0)
         ema_update_([mine for mine, _ in averaged], [source for _, source in averaged], moves)
@@ -326,7 +361,7 @@ class _Latest(keras.metrics.Metric):
 
 
 class _Scratch:
-    """Carries the student's view from ``call`` to ``compute_loss``, within one trace of one step."""
+    """Carries the inputs and the student's view from ``call`` to ``compute_loss``, within one trace of one step."""
 
     value: Any = None
 
@@ -336,45 +371,12 @@ def _state_pairs(teacher: Any, student: Any) -> tuple[list[tuple[Any, Any]], lis
     averaged: list[tuple[Any, Any]] = []
     copies: list[tuple[Any, Any]] = []
     for mine, source in zip(teacher._flatten_layers(), student._flatten_layers(), strict=True):
-        statistics = isinstance(mine, (keras.layers.BatchNormalization, FakeQuantize))
+        has_statistics = isinstance(mine, (keras.layers.BatchNormalization, FakeQuantize))
         averaged += zip(mine._trainable_variables, source._trainable_variables, strict=True)
-        others = list(zip(mine._non_trainable_variables, source._non_trainable_variables, strict=True))
-        if statistics:
-            averaged += [pair for pair in others if keras.backend.is_float_dtype(pair[0].dtype)]
-        else:
-            copies += others
+        for pair in zip(mine._non_trainable_variables, source._non_trainable_variables, strict=True):
+            is_statistic = has_statistics and keras.backend.is_float_dtype(pair[0].dtype)
+            (averaged if is_statistic else copies).append(pair)
     return averaged, copies
-
-
-def _check(student: Any, recipe: Any, augment: Any, teacher: Any) -> None:
-    if not isinstance(recipe, Recipe):
-        raise CRCoreError(
-            f"ConsistencyModel takes a crcore.Recipe, got {type(recipe).__name__}; for example "
-            "Recipe(LSQ(4), LSQ(4), consistency=Consistency(), ema=EMA())"
-        )
-    if not isinstance(student, keras.Model) or not quantizers_in(student):
-        raise CRCoreError(
-            f"ConsistencyModel takes a student from crcore_keras.prepare(model, recipe), got {type(student).__name__}"
-        )
-    if augment is not None and not callable(augment):
-        raise CRCoreError(f"augment must be a layer or a function of a batch, or None for two views; got {augment!r}")
-    if teacher is None:
-        return
-    if recipe.consistency is None or recipe.ema is not None:
-        raise CRCoreError(
-            "distillation from a frozen teacher takes Recipe(consistency=..., ema=None); the average and a teacher of "
-            "another kind cannot both be followed"
-        )
-    if not isinstance(teacher, keras.Model) or not teacher.built:
-        raise CRCoreError(f"teacher must be a built keras.Model, got {teacher!r}")
-    shapes = [
-        keras.tree.map_structure(lambda t: tuple(t.shape), getattr(m, "outputs", None)) for m in (student, teacher)
-    ]
-    if all(shapes) and shapes[0] != shapes[1]:
-        raise CRCoreError(
-            f"the teacher's outputs have the shapes {shapes[1]}, the student's {shapes[0]}; give a teacher for the "
-            "same classes"
-        )
 
 
 def _labeled(x: Any, y_pred: Any) -> Any:
@@ -388,7 +390,3 @@ def _labeled(x: Any, y_pred: Any) -> Any:
 def _fresh(metric: Any) -> Any:
     """A metric of the same kind with a state of its own; names stay names."""
     return type(metric).from_config(metric.get_config()) if isinstance(metric, keras.metrics.Metric) else metric
-
-
-def _is_registered(function: Any) -> bool:
-    return keras.saving.get_registered_object(keras.saving.get_registered_name(function)) is function

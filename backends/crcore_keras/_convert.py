@@ -9,7 +9,8 @@ import keras
 from crcore import CRCoreError
 from crcore_keras._consistency_model import ConsistencyModel
 from crcore_keras._layers import IntegerLayer, QuantizedLayer, quantizers_in, to_integers
-from crcore_keras._prepare import copied, walk
+from crcore_keras._prepare import copied
+from crcore_keras._tree import walk
 
 
 def convert(model: keras.Model) -> Any:

@@ -287,5 +287,11 @@ def encode(quantizers: LayerQuantizers) -> dict[str, Any]:
 
 def decode(data: Mapping[str, Any]) -> LayerQuantizers:
     """The quantizers that `encode` described."""
-    recipe = Recipe.from_dict(data)
+    try:
+        recipe = Recipe.from_dict(data)
+    except CRCoreError as error:
+        raise CRCoreError(
+            f"the saved quantizers cannot be read ({error}); load the file with the version of crcore that saved it, "
+            "or upgrade crcore where that is newer"
+        ) from None
     return LayerQuantizers(recipe.weights, recipe.activations)

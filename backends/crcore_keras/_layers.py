@@ -20,6 +20,7 @@ from keras import layers, ops
 from crcore import LayerQuantizers
 from crcore_keras._fake_quantize import FakeQuantize, decode, encode
 from crcore_keras._integers import IntegerWeight
+from crcore_keras._tree import children, walk
 
 PACKAGE = "crcore"
 
@@ -130,12 +131,8 @@ class _Described:
 
     def get_config(self) -> dict[str, Any]:
         """The config of the float layer, and the quantizers by their place in it."""
-        quantized = self.__class__
-        try:
-            self.__class__ = base_class(self)
+        with _in_float(self):
             config = keras.saving.serialize_keras_object(self)
-        finally:
-            self.__class__ = quantized
         config.pop("compile_config", None)  # Keras saves it beside this config
         return {
             "name": self.name,
@@ -174,9 +171,14 @@ class QuantizedLayer(_Described):
         return super().call(_quantized(self, "input_quantizer", inputs), *args, **kwargs)  # type: ignore[misc]
 
     def save_own_variables(self, store: Any) -> None:
-        """Called by Keras: saves the float kernel, which some layers would read through the quantizer."""
-        with bypassed(self):
-            super().save_own_variables(store)  # type: ignore[misc]
+        """Called by Keras: the float kernel, which some layers would read through the quantizer."""
+        with _in_float(self):
+            self.save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Called by Keras: the float kernel."""
+        with _in_float(self):
+            self.load_own_variables(store)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -243,6 +245,17 @@ def bypassed(layer: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _in_float(layer: Any) -> Iterator[None]:
+    """Let a quantized layer be of the user's class again."""
+    quantized = layer.__class__
+    try:
+        layer.__class__ = base_class(layer)
+        yield
+    finally:
+        layer.__class__ = quantized
+
+
 def mix(layer: Any, mixin: type) -> None:
     """Put ``mixin`` in front of the user's class of the layer, in place of another one."""
     layer.__class__ = _mixed(mixin, base_class(layer))
@@ -266,17 +279,6 @@ def _mixed(mixin: type, base: type) -> type:
     return keras.saving.register_keras_serializable(PACKAGE, mixin.__name__)(kind)  # type: ignore[no-any-return]
 
 
-def children(layer: Any) -> dict[str, Any]:
-    """The layers that a layer or model holds itself, by name, in the order in which it registered them."""
-    found: dict[str, Any] = {}
-    for child in layer._flatten_layers(include_self=False, recursive=False):
-        name, n = child.name, 1
-        while name in found:  # Keras makes names unique in functional models alone
-            name, n = f"{child.name}_{n}", n + 1
-        found[name] = child
-    return found
-
-
 def attach(layer: Any, plan: Mapping[str, LayerQuantizers], mixin: type | None = None) -> None:
     """Give a built layer, or those in a model, the quantizers of ``plan``, whose keys are names as `walk` gives them.
 
@@ -297,15 +299,27 @@ def attach(layer: Any, plan: Mapping[str, LayerQuantizers], mixin: type | None =
             mix(layer, mixin or QuantizedComposite)
         if describes:
             layer._quantizers = dict(plan)
-        if hasattr(layer, "_track_variables"):  # on torch; otherwise zero_grad() would not reach the scales
-            layer._track_variables()
+        _track(layer)
+        if mixin is not None:
+            for name, each in walk(layer):
+                if isinstance(each, FakeQuantize):
+                    each.where = name
+
+
+def _track(layer: Any) -> None:
+    """Tell torch, on that engine, which variables a layer has now: ``parameters()``, ``zero_grad()``."""
+    if hasattr(layer, "_track_variables"):
+        layer._track_variables()
 
 
 def _describes_children(layer: Any) -> bool:
     """Whether the layer's config holds those of its children, which then speak for themselves."""
-    return isinstance(layer, keras.Sequential) or (
-        isinstance(layer, keras.Model) and "input_layers" in layer.get_config()
-    )
+    if not isinstance(layer, keras.Model):
+        return False
+    try:
+        return isinstance(layer, keras.Sequential) or "input_layers" in layer.get_config()
+    except NotImplementedError:  # a model that cannot be saved can still be prepared in place
+        return False
 
 
 def _attach_quantizers(layer: Any, kernel: Kernel, quantizers: LayerQuantizers) -> None:
@@ -331,6 +345,8 @@ def _attach_quantizers(layer: Any, kernel: Kernel, quantizers: LayerQuantizers) 
     layer._tracker.unlock()  # as Keras does for a layer that gets LoRA weights after it was built
     try:
         for name, quantizer in made.items():
+            if quantizer is not None and not layer.trainable:
+                quantizer.trainable = False
             setattr(layer, name, quantizer)
     finally:
         layer._tracker.lock()
@@ -343,6 +359,8 @@ def to_integers(model: Any) -> None:
             _to_integers(layer)
         if isinstance(layer, _Described):
             layer._converted = True
+    for layer in model._flatten_layers():
+        _track(layer)
 
 
 def _to_integers(layer: Any) -> None:
@@ -353,6 +371,7 @@ def _to_integers(layer: Any) -> None:
             integers = None if quantizer is None else IntegerWeight.of(variable, quantizer)
             setattr(layer, kernel.integer_weight, integers)
             if integers is not None:
+                layer._tracker.untrack(quantizer)  # setting the attribute alone leaves its variables in the layer
                 setattr(layer, kernel.weight_quantizer, None)
                 layer._untrack_variable(variable)
                 del vars(layer)[f"_{kernel.attribute}" if f"_{kernel.attribute}" in vars(layer) else kernel.attribute]

@@ -18,7 +18,7 @@ from crcore import CRCoreError, PortableCheckpoint, PortableLayer
 from crcore_keras._consistency_model import ConsistencyModel
 from crcore_keras._fake_quantize import _FROZEN, _INITIALIZED, _SIGNED, _UNKNOWN_SIGN, FakeQuantize
 from crcore_keras._layers import IntegerLayer, Kernel, kernels_of
-from crcore_keras._prepare import walk
+from crcore_keras._tree import walk
 
 # For each axis in the file, the axes here that it is made of, in that order; () for an axis of size 1.
 Layout = tuple[tuple[int, ...], ...]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 from typing import Any
 
 import keras
+import numpy as np
 
 from crcore import CRCoreError, LayerQuantizers, Recipe
-from crcore_keras._layers import FLOAT_LAYERS, OPAQUE_LAYERS, QuantizedLayer, attach, base_class, children, kernels_of
+from crcore_keras._layers import FLOAT_LAYERS, OPAQUE_LAYERS, QuantizedLayer, attach, base_class, kernels_of
 from crcore_keras._model import QuantizedModel, refresh
+from crcore_keras._tree import walk
 
 
 def prepare(model: keras.Model, recipe: Recipe, *, inplace: bool = False) -> Any:
@@ -58,7 +60,9 @@ def prepare(model: keras.Model, recipe: Recipe, *, inplace: bool = False) -> Any
 def copied(model: Any) -> Any:
     """A model like ``model``, with weights of its own that hold the same values."""
     try:
-        described = keras.saving.serialize_keras_object(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")  # no file is made
+            described = keras.saving.serialize_keras_object(model)
         described.pop("compile_config", None)
         copy: Any = keras.saving.deserialize_keras_object(described, custom_objects=_classes(model), safe_mode=False)
         copy.set_weights(model.get_weights())
@@ -82,22 +86,9 @@ def _classes(model: Any) -> dict[str, type]:
     }
 
 
-def walk(layer: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every layer in ``layer``, itself included, each once, with its name from there."""
-    seen: set[int] = set()
-
-    def visit(name: str, layer: Any) -> Iterator[tuple[str, Any]]:
-        if id(layer) not in seen:
-            seen.add(id(layer))
-            yield name, layer
-            for own, child in children(layer).items():
-                yield from visit(f"{name}.{own}" if name else own, child)
-
-    return visit(name, layer)
-
-
 def _plan(model: Any, recipe: Recipe) -> dict[str, LayerQuantizers]:
     layers: list[str] = []
+    weights: dict[str, Any] = {}
     others: list[str] = []
     problems: list[str] = []
     ways_out: list[str] = []
@@ -112,8 +103,9 @@ def _plan(model: Any, recipe: Recipe) -> dict[str, LayerQuantizers]:
                 ways_out.append(name)
         elif kernels := kernels_of(layer):
             problem = _unfit(layer, kernels)
-            names = [f"{name}.{kernel.part}".rstrip(".") for kernel in kernels]
-            (others if problem else layers).extend(names)
+            found = {f"{name}.{kernel.part}".rstrip("."): kernel.variable(layer) for kernel in kernels}
+            (others if problem else layers).extend(found)
+            weights |= found
             if problem and not recipe.skips(name):
                 problems.append(f"{shown}: {problem}")
                 ways_out.append(name)
@@ -129,7 +121,7 @@ def _plan(model: Any, recipe: Recipe) -> dict[str, LayerQuantizers]:
             f"{type(model).__name__} {model.name!r} has no weights yet; call it on a batch, or "
             "model.build(input_shape), before prepare"
         )
-    plan = recipe.assign(layers, [name for name in others if name]) if layers or others else {}
+    assigned = recipe.assign(layers, [name for name in others if name]) if layers or others else {}
     if problems:
         skip = ", ".join(map(repr, [*recipe.skip, *ways_out]))
         raise CRCoreError(
@@ -143,7 +135,19 @@ def _plan(model: Any, recipe: Recipe) -> dict[str, LayerQuantizers]:
             f"{type(model).__name__} has no layer that prepare can quantize; it knows Dense, EinsumDense, Conv1-3D, "
             "DepthwiseConv1-2D, SeparableConv1-2D, Conv1-3DTranspose, Embedding and their subclasses"
         )
-    return {name: quantizers for name, quantizers in plan.items() if quantizers is not None}
+    plan = {name: quantizers for name, quantizers in assigned.items() if quantizers is not None}
+    _check_finite(weights, plan)
+    return plan
+
+
+def _check_finite(weights: dict[str, Any], plan: dict[str, LayerQuantizers]) -> None:
+    broken = [
+        name
+        for name, quantizers in plan.items()
+        if quantizers.weights and not np.isfinite(keras.ops.convert_to_numpy(weights[name])).all()
+    ]
+    if broken:
+        raise CRCoreError(f"the weights of {broken} hold NaN or infinity; prepare a model that has not diverged")
 
 
 def _is_inside(name: str, outer: list[str]) -> bool:

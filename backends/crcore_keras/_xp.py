@@ -10,9 +10,11 @@ from keras import ops
 
 
 def _divide(x: Any, shared: Any) -> Any:
-    # XLA as JAX sets it up turns the division by a broadcast array or a number into a product with the reciprocal,
-    # which differs in the last bit for up to half of the quotients. It does not look through a selection.
-    return x / ops.where(x == x, shared, 1.0)
+    # XLA turns the division by a number, and as JAX sets it up that by a broadcast array too, into a product with the
+    # reciprocal, which differs in the last bit for many quotients. It does not look through a selection.
+    if isinstance(shared, (int, float)) or keras.backend.backend() == "jax":
+        shared = ops.where(x == x, shared, 1.0)
+    return x / shared
 
 
 def _logaddexp(x: Any, y: Any) -> Any:
@@ -26,7 +28,7 @@ xp = SimpleNamespace(
     amin=ops.min,
     clip=ops.clip,
     cos=ops.cos,
-    divide=_divide if keras.backend.backend() == "jax" else ops.divide,
+    divide=_divide,
     exp=ops.exp,
     log=ops.log,
     logaddexp=_logaddexp,

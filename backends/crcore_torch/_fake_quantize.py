@@ -89,7 +89,7 @@ class FakeQuantize(nn.Module):
         if not self._initialized:
             self._initialize_from_first_batch(x)
         wide = _widen(x)
-        return fake_quantize(wide, self.quantizer, self._arrays_for(wide), self._elements(x)).to(x.dtype)
+        return fake_quantize(wide, self.quantizer, self._arrays_for(wide, self.training), self._elements(x)).to(x.dtype)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -175,17 +175,17 @@ class FakeQuantize(nn.Module):
         """Whether the arrays are a function of the tensor at hand: weights whose range is not learned."""
         return self.role == "weight" and not self.quantizer.learned and not self._frozen
 
-    def _arrays_for(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The arrays to use for ``x``, broadcast against it; observing happens here, in train mode."""
+    def _arrays_for(self, x: Tensor, observing: bool = False) -> tuple[Tensor, ...]:
+        """The arrays to use for ``x``, broadcast against it. ``observing`` stores what they were found to be."""
         if self._recomputed:
             with torch.no_grad():
                 fresh = self._fresh(x)
-                if self.training:
+                if observing:
                     self._store(fresh)
             return fresh
         arrays = tuple(self._broadcast(array, x) for array in self._arrays())
         observe = getattr(self.quantizer, "observe", None)
-        if observe is None or not self.training or self._frozen:
+        if observe is None or not observing or self._frozen:
             return arrays
         with torch.no_grad():
             observed = tuple(map(mean_over_replicas, observe(x, *arrays, axes=tuple(range(x.ndim)), xp=xp)))

@@ -79,7 +79,9 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
-@pytest.mark.parametrize("module", [crcore, crcore_torch, crcore_keras, crcore.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [crcore, crcore_torch, crcore_keras, crcore.testing], ids=lambda module: module.__name__
+)
 def test_every_public_name_is_listed(module: object) -> None:
     sections = (ROOT / "docs/api.md").read_text(encoding="utf-8").split("\n## ")
     (section,) = (s for s in sections if s.startswith(f"`{module.__name__}`\n"))

@@ -20,4 +20,4 @@ def pytest_configure() -> None:
 def _same_numbers_every_time():
     keras.utils.set_random_seed(0)
     yield
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # collecting garbage takes longer than most tests

@@ -10,12 +10,13 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from small_models import (
+from small_networks import (
     MODELS,
     assert_same_bits,
     compiled,
     convnet,
     images,
+    kernel_of,
     labels,
     mlp,
     numbers,
@@ -65,7 +66,11 @@ KINDS: dict[str, Any] = {
     "dilated Conv2D": (lambda: layers.Conv2D(4, 3, dilation_rate=2), (7, 7, 6), (1, 1, 1, 4)),
     "Conv3D": (lambda: layers.Conv3D(4, 2), (3, 3, 3, 2), (1, 1, 1, 1, 4)),
     "DepthwiseConv1D": (lambda: layers.DepthwiseConv1D(3, depth_multiplier=2), (7, 6), (1, 6, 2)),
-    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, activation="relu"), (7, 7, 6), (1, 1, 6, 2)),
+    "DepthwiseConv2D": (
+        lambda: layers.DepthwiseConv2D(3, depth_multiplier=2, activation="relu"),
+        (7, 7, 6),
+        (1, 1, 6, 2),
+    ),
     "Conv1DTranspose": (lambda: layers.Conv1DTranspose(4, 3), (7, 6), (1, 4, 1)),
     "Conv2DTranspose": (lambda: layers.Conv2DTranspose(4, 3, strides=2, activation="relu"), (5, 5, 6), (1, 1, 4, 1)),
     "Conv3DTranspose": (lambda: layers.Conv3DTranspose(4, 2), (3, 3, 3, 2), (1, 1, 1, 4, 1)),
@@ -101,11 +106,11 @@ def test_each_kind_of_layer_multiplies_quantized_input_with_quantized_weight(kin
 @KIND
 def test_training_moves_kernel_and_scales(kind):
     student = crk.prepare(one_layer(kind), recipe(3, first_last_bits=None))
-    student.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    student.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=keras.backend.backend() != "jax")
     x = random(2, *KINDS[kind][1])
     y = 1.0 + 0.0 * numbers(student(x, training=True))
     layer = student.layers[0]
-    watched = {v.path: v for v in [layer._kernel, layer.weight_quantizer.arrays[0], layer.input_quantizer.arrays[0]]}
+    watched = {v.path: v for v in [kernel_of(layer), layer.weight_quantizer.arrays[0], layer.input_quantizer.arrays[0]]}
     before = {path: numbers(variable) for path, variable in watched.items()}
     student.train_on_batch(x, y)
     assert all(np.any(numbers(variable) != before[path]) for path, variable in watched.items())
@@ -118,7 +123,7 @@ def test_the_scale_of_a_channel_depends_on_that_channel_alone(kind):
     shape = KINDS[kind][2]
     place = tuple(1 if size > 1 else slice(None) for size in shape)
     before = numbers(crk.prepare(model, recipe()).layers[0].weight_quantizer.scale)
-    kernel = model.layers[0]._kernel
+    kernel = kernel_of(model.layers[0])
     x = random(2, *KINDS[kind][1])
     out = numbers(model(x))
     changed = numbers(kernel)
@@ -129,7 +134,7 @@ def test_the_scale_of_a_channel_depends_on_that_channel_alone(kind):
     assert moved[place].all()
     assert moved.sum() == 1
     where = np.argwhere(np.abs(numbers(model(x)) - out) > 1e-6)
-    if "heads" not in kind and "EinsumDense grouped" != kind:
+    if "heads" not in kind and kind != "EinsumDense grouped":
         assert len(set(where[:, -1])) == 1, "the axis is not that of the layer's output channels"
 
 
@@ -137,7 +142,6 @@ def test_the_scale_of_a_channel_depends_on_that_channel_alone(kind):
     ("make", "shape"),
     [
         (lambda: layers.SeparableConv1D(4, 3, strides=2, padding="same", activation="relu"), (7, 6)),
-        (lambda: layers.SeparableConv1D(4, 3, padding="causal"), (7, 6)),
         (lambda: layers.SeparableConv2D(4, 3, padding="same", depth_multiplier=2, activation="relu"), (7, 7, 6)),
         (lambda: layers.SeparableConv2D(4, 3, strides=2, use_bias=False), (7, 7, 6)),
         (lambda: layers.SeparableConv2D(4, 3, dilation_rate=2), (7, 7, 6)),
@@ -157,14 +161,12 @@ def test_a_separable_convolution_quantizes_what_lies_between_its_two(make, shape
     first = kind(
         oracle.kernel_size if len(shape) == 3 else oracle.kernel_size[0],
         strides=oracle.strides[0],
-        padding="valid" if oracle.padding == "causal" else oracle.padding,
+        padding=oracle.padding,
         depth_multiplier=oracle.depth_multiplier,
         dilation_rate=oracle.dilation_rate[0],
         use_bias=False,
     )
     seen = ops.convert_to_tensor(x)
-    if oracle.padding == "causal":
-        seen = ops.pad(seen, ((0, 0), (2, 0), (0, 0)))
     seen = layer.input_quantizer(seen)
     first.build(seen.shape)
     first.kernel.assign(layer.weight_quantizer(ops.convert_to_tensor(numbers(oracle.depthwise_kernel))))
@@ -174,8 +176,7 @@ def test_a_separable_convolution_quantizes_what_lies_between_its_two(make, shape
     expected = ops.matmul(between, ops.reshape(pointwise, (channels, 4)))
     expected = oracle.activation(expected + oracle.bias if oracle.use_bias else expected)
     np.testing.assert_allclose(numbers(out), numbers(expected), rtol=1e-5, atol=1e-6)
-    trained_step = student.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
-    assert trained_step is None
+    student.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=keras.backend.backend() != "jax")
     before = [numbers(quantizer.arrays[0]) for quantizer in quantizers(student)]
     student.train_on_batch(x, 1.0 + 0.0 * numbers(out))
     assert all(np.any(numbers(q.arrays[0]) != old) for q, old in zip(quantizers(student), before, strict=True))
@@ -209,7 +210,7 @@ def test_the_projections_of_an_attention_layer_are_quantized():
         theirs.kernel.assign(quantized(student)[name].weight_quantizer(numbers(theirs.kernel)))
     output = oracle._output_dense.call
     oracle._output_dense.call = lambda heads: output(quantized(student)["attention_output"].input_quantizer(heads))
-    expected = oracle(**{"query": seen["query"], "key": seen["key"], "value": seen["value"]}, use_causal_mask=True)
+    expected = oracle(query=seen["query"], key=seen["key"], value=seen["value"], use_causal_mask=True)
     np.testing.assert_allclose(numbers(out), numbers(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -245,17 +246,8 @@ def test_prepare_copies_and_inplace_changes_the_model_itself(name):
     assert model.to_json() == config
     same = crk.prepare(model, recipe(), inplace=True)
     assert same is model
-    np.testing.assert_array_equal(
-        numbers(crk.prepare(make_like(make, before), recipe())(batch(), training=True)),
-        numbers(model(batch(), training=True)) if name != "subclassed" else numbers(model(batch(), training=True)),
-    ) if name != "subclassed" else None
     assert isinstance(model, kinds[0])
-
-
-def make_like(make: Any, weights: dict[str, np.ndarray]) -> Any:
-    model = make()
-    model.set_weights(list(weights.values()))
-    return model
+    assert quantized(model).keys() == quantized(student).keys()
 
 
 @EACH
@@ -267,7 +259,7 @@ def test_every_layer_of_a_model_is_quantized_and_trains(name):
         "attention": ["embed", "query", "key", "value", "attention_output", "each", "einsum", "head"],
         "subclassed": ["stem", "dense", "head"],
     }[name]
-    student = compiled(crk.prepare(make(), recipe()))
+    student = compiled(crk.prepare(make(), recipe()), run_eagerly=False, jit_compile=keras.backend.backend() == "jax")
     assert sorted(quantized(student)) == sorted(expected)
     before = snapshot(student)
     student.fit(batch(8), labels(8), batch_size=4, epochs=2, verbose=0)
@@ -291,7 +283,7 @@ def test_first_and_last_layer_have_eight_bits_and_overrides_and_skip_go_by_dotte
     assert student.get_layer("block").get_layer("separable").pointwise_weight_quantizer.quantizer.bits == 3
     assert type(student.get_layer("block").get_layer("depthwise")) is layers.DepthwiseConv2D
 
-    nested = crk.prepare(transformer(), recipe(overrides={"attention": None, "over_time": {"weights": cr.LSQ(5)}}))
+    nested = crk.prepare(transformer(), recipe(skip="attention", overrides={"over_time": {"weights": cr.LSQ(5)}}))
     assert quantized(nested).keys() == {"embed", "each", "einsum", "head"}
     assert quantized(nested)["each"].weight_quantizer.quantizer.bits == 5
     blocks = crk.prepare(subclassed(), recipe(skip="block_0"))
@@ -363,7 +355,7 @@ def test_a_skip_that_is_there_already_is_kept_in_the_message():
     model = everything()
     with pytest.raises(cr.CRCoreError) as raised:
         crk.prepare(model, recipe(skip=("lstm", "both")))
-    assert skip_of(str(raised.value)) == ("lstm", "both", "reversible", "spectral", "own")
+    assert skip_of(str(raised.value)) == ("both", "lstm", "reversible", "spectral", "own")
     assert "'lstm' (LSTM)" not in str(raised.value)
 
 
@@ -402,21 +394,31 @@ def test_what_is_no_recipe_is_named():
 
 
 class NoConfig(keras.Model):
-    def __init__(self, width):
+    def __init__(self, dense):
         super().__init__()
-        self.dense = layers.Dense(width)
+        self.dense = dense
 
     def call(self, x):
         return self.dense(x)
 
 
 def test_a_model_that_cannot_be_copied_says_so_and_can_be_prepared_in_place():
-    model = NoConfig(object())
-    model.dense = layers.Dense(3)
+    model = NoConfig(layers.Dense(3))
     model(vectors())
     with pytest.raises(cr.CRCoreError, match=r"NoConfig cannot be copied .*get_config.*inplace=True"):
         crk.prepare(model, recipe())
     trained(crk.prepare(model, recipe(), inplace=True), vectors())
+
+
+def test_a_kernel_with_nan_fails_before_anything_is_changed():
+    model = mlp()
+    model.get_layer("last").kernel.assign(np.full((8, 3), np.nan))
+    before, kinds = snapshot(model), [type(layer) for layer in model._flatten_layers()]
+    with pytest.raises(cr.CRCoreError, match=r"\['last'\] hold NaN or infinity"):
+        crk.prepare(model, recipe(), inplace=True)
+    assert [type(layer) for layer in model._flatten_layers()] == kinds
+    assert_same_bits(before, snapshot(model))
+    trained(crk.prepare(model, cr.Recipe(None, cr.LSQ(4))), vectors(), steps=1)  # weights play no part here
 
 
 @keras.saving.register_keras_serializable("test_prepare")
@@ -439,7 +441,7 @@ class Unregistered(layers.Layer):
 def test_lambda_layers_and_unregistered_classes_are_copied_too():
     inputs = keras.Input((6,))
     x = layers.Lambda(lambda x: x + 1.0)(Unregistered(3.0)(inputs))
-    x = UsersDense(4, doubled)(layers.Activation(lambda x: x * 2.0)(x))
+    x = UsersDense(4, doubled)(layers.Activation(doubled)(x))
     model = keras.Model(inputs, layers.Dense(3)(x))
     before = numbers(model(vectors()))
     student = crk.prepare(model, recipe())
@@ -496,8 +498,35 @@ def test_parameters_of_torch_are_those_of_keras():
     assert {id(p) for p in converted.parameters()} == {id(variable.value) for variable in converted.variables}
 
 
-def test_the_tokens_of_an_embedding_reach_it_unchanged():
-    student = crk.prepare(transformer(), recipe())
-    assert numbers(student(tokens(), training=True)).shape == (4, 3)
-    with pytest.raises(cr.CRCoreError, match="FakeQuantize 'attention.query.input_quantizer' is not initialized"):
-        crk.prepare(transformer(), recipe())(tokens())
+def test_the_decay_of_an_optimizer_without_exclusions_leaves_scales_alone():
+    student = compiled(crk.prepare(mlp(), recipe()), keras.optimizers.AdamW(1e-6, weight_decay=1e5))
+    student(vectors(), training=True)
+    scales = [numbers(array) for quantizer in quantizers(student) for array in quantizer.arrays]
+    bias = student.get_layer("first").bias
+    bias.assign(np.ones(8))
+    student.train_on_batch(vectors(), labels())
+    for old, array in zip(scales, [a for q in quantizers(student) for a in q.arrays], strict=True):
+        np.testing.assert_allclose(old, numbers(array), rtol=1e-2)
+    assert numbers(bias).max() < 0.95
+
+
+def test_a_frozen_layer_stays_frozen_with_its_scales():
+    model = mlp()
+    model.get_layer("middle").trainable = False
+    student = crk.prepare(model, recipe())
+    assert not student.get_layer("middle").trainable_variables
+    assert not [v.path for v in student.trainable_variables if "middle" in v.path]
+    trained(student, vectors(), steps=1)
+
+
+@pytest.mark.parametrize("call", ["model", "predict", "evaluate"])
+def test_inference_before_any_batch_names_the_quantizer_and_the_remedy(call):
+    student = compiled(crk.prepare(transformer(), recipe(skip="embed")))
+    calls = {
+        "model": lambda: student(tokens()),
+        "predict": lambda: student.predict(tokens(), verbose=0),
+        "evaluate": lambda: student.evaluate(tokens(), labels(), verbose=0),
+    }
+    message = r"FakeQuantize 'attention\.(query|key|value)\.input_quantizer' is not initialized; call the student once"
+    with pytest.raises(cr.CRCoreError, match=message):
+        calls[call]()

@@ -54,6 +54,21 @@ def gradients_of(
     return keras.ops.convert_to_numpy(y), arrays
 
 
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` as the engine's compiler makes it; torch has none that Keras uses by default."""
+    match keras.backend.backend():
+        case "tensorflow":
+            import tensorflow as tf
+
+            return tf.function(f, jit_compile=True, autograph=False)
+        case "jax":
+            import jax
+
+            return jax.jit(f)
+        case _:
+            return f
+
+
 def _step(f: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 

@@ -79,6 +79,17 @@ def test_evaluation_never_updates_an_observer():
     assert not torch.equal(before["0.input_quantizer.high"], student[0].input_quantizer.high)
 
 
+@pytest.mark.parametrize("role", ["weight", "activation"])
+def test_asking_for_codes_in_train_mode_changes_nothing(role):
+    quantize = crt.FakeQuantize(cr.MinMax(bits=4), role=role).initialize(torch.tensor([[-1.0, 1.0]]))
+    before = snapshot(quantize)
+    for _ in range(2):
+        quantize.codes(torch.tensor([[-3.0, 5.0]]))
+        quantize.code_limits(torch.tensor([[-3.0, 5.0]]))
+        quantize.affine(torch.tensor([[-3.0, 5.0]]))
+    assert_same_bits(snapshot(quantize), before)
+
+
 def test_freezing_stops_the_observer_is_saved_and_can_be_undone():
     quantize = crt.FakeQuantize(cr.MinMax(4))
     x = torch.randn(32)

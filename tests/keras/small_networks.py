@@ -1,4 +1,4 @@
-"""What the tests of the Keras backend share: small models, a recipe, one training step, comparisons to the bit."""
+"""What the tests of prepare, convert and saving share: small models, one training step, comparisons to the bit."""
 
 from __future__ import annotations
 
@@ -126,6 +126,8 @@ def labels(n: int = 4) -> np.ndarray:
 
 def compiled(model: Any, optimizer: Any = None, **options: Any) -> Any:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Compiling takes longer than the few steps of a test; not on JAX, which compiles each operation by itself then.
+    options.setdefault("run_eagerly", keras.backend.backend() != "jax")
     model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.9), loss, **options)
     return model
 
@@ -144,13 +146,19 @@ def quantized(model: Any) -> dict[str, Any]:
     return {name: found[name] for name in found}
 
 
+def kernel_of(layer: Any) -> Any:
+    """The float kernel that a layer holds, also where a quantizer stands in front of it."""
+    return vars(layer).get("_kernel", vars(layer).get("kernel"))
+
+
 def quantizers(model: Any) -> list[Any]:
     return [layer for layer in model._flatten_layers() if isinstance(layer, crk.FakeQuantize)]
 
 
 def snapshot(model: Any) -> dict[str, np.ndarray]:
-    """Every variable, by place and name."""
-    return {f"{place} {variable.path}": numbers(variable) for place, variable in enumerate(model.variables)}
+    """Every variable, by place and name; no state of a random generator, which Keras saves for some layers only."""
+    kept = [variable for variable in model.variables if "seed_generator" not in variable.path]
+    return {f"{place} {variable.path}": numbers(variable) for place, variable in enumerate(kept)}
 
 
 def assert_same_bits(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
