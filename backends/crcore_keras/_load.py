@@ -24,7 +24,7 @@ def load_model(path: str | os.PathLike[str], **options: Any) -> Any:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise CRCoreError(f"there is no file {path!r}; give the path that model.save(...) was given")
-    damaged = "its end is missing, or it is no .keras file"
+    damaged: str | None = "its end is missing, or it is no .keras file"
     try:
         with zipfile.ZipFile(path) as archive:
             first = archive.testzip()
