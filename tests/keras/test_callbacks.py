@@ -97,7 +97,8 @@ def test_validation_does_not_change_the_training():
         model = compiled()
         fitted(model, x, y, epochs=3, **options)
         results.append(weights(model))
-    assert_same(*results)
+    # On JAX the average moves once compiled, fused, and once not: the last bit may differ.
+    assert_same(*results, tolerance=1e-6 if keras.backend.backend() == "jax" else 0.0)
 
 
 # --- beside Keras' callbacks ------------------------------------------------------------------------------------------
