@@ -1,5 +1,6 @@
 """README and docs: their Python runs, their commands parse, their links lead somewhere, every name is listed."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -98,3 +99,16 @@ def test_the_parity_table_of_readme_is_that_of_the_parity_page() -> None:
     shown = re.findall(r"^\| ((?:Keras on|PyTorch in) .*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert [row.split(" | ") for row in shown] == last
     assert len(last) == 4
+
+
+def test_the_speed_table_is_that_of_the_result_files() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (?:JAX|TensorFlow|torch)\b.*? \| ([\d. |]+) \|$", page, re.M)
+    found = []
+    for name in ("jax", "tensorflow-xla", "tensorflow", "torch"):
+        result = json.loads((ROOT / f"benchmarks/results/keras_step-{name}.json").read_text(encoding="utf-8"))
+        ratios = [
+            result["ratios"][key] for key in ("qat / float", "consistency / qat", "average / qat", "hgq2 / float")
+        ]
+        found.append(" | ".join(f"{x:.2f}" for x in [*ratios, result["median seconds per step"]["float"]]))
+    assert shown == found
