@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Before TensorFlow starts: with several threads or oneDNN, the order of its sums, and so the last bit, changes from run
+# to run.
+os.environ |= {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1", "TF_ENABLE_ONEDNN_OPTS": "0"}
+
 import keras
 import pytest
 
