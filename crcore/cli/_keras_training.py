@@ -2,8 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,52 +44,51 @@ def train(
     """
     per_epoch = batches.steps_per_epoch
     steps = epochs * per_epoch
-    with _frozen(reference if method.distillation else None) as teacher:
-        if recipe is None:  # around the network, so that its checkpoint holds no optimizer
-            model = keras.Sequential([keras.Input(batches_shape(batches)), student])
-        else:
-            model = crk.ConsistencyModel(student, recipe, teacher=teacher)
-        model.compile(
-            SGD(
-                keras.optimizers.schedules.CosineDecay(lr, steps),
-                momentum=0.9,
-                nesterov=True,
-                weight_decay=weight_decay,
-            ),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    if recipe is None:  # around the network, so that its checkpoint holds no optimizer
+        model = keras.Sequential([keras.Input(batches_shape(batches)), student])
+    else:
+        model = crk.ConsistencyModel(student, recipe, teacher=reference if method.distillation else None)
+    model.compile(
+        SGD(
+            keras.optimizers.schedules.CosineDecay(lr, steps),
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=weight_decay,
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.optimizer.build(model.trainable_variables)
+    record: dict[str, Any] = {"epochs": epochs, "steps": steps, "seconds": 0.0, "history": []}
+    if progress_file.exists():
+        record = load_progress(progress_file, model)
+    done = len(record["history"])
+    progress.start(steps, done=done * per_epoch)
+    averaged = model.teacher if recipe and recipe.ema else None
+    if done < epochs:
+        recorder = Recorder(
+            record,
+            student=student,
+            averaged=averaged,
+            method=method,
+            recipe=recipe,
+            batches=batches,
+            evaluation=evaluation,
+            evaluate_every=evaluate_every,
+            lr=lr,
+            progress=progress,
+            progress_file=progress_file,
         )
-        model.optimizer.build(model.trainable_variables)
-        record: dict[str, Any] = {"epochs": epochs, "steps": steps, "seconds": 0.0, "history": []}
-        if progress_file.exists():
-            record = load_progress(progress_file, model)
-        done = len(record["history"])
-        progress.start(steps, done=done * per_epoch)
-        averaged = model.teacher if recipe and recipe.ema else None
-        if done < epochs:
-            recorder = Recorder(
-                record,
-                student=student,
-                averaged=averaged,
-                method=method,
-                recipe=recipe,
-                batches=batches,
-                evaluation=evaluation,
-                evaluate_every=evaluate_every,
-                lr=lr,
-                progress=progress,
-                progress_file=progress_file,
-            )
-            model.fit(
-                Steps(batches, method, first=done * per_epoch, steps=steps),
-                epochs=epochs,
-                initial_epoch=done,
-                steps_per_epoch=per_epoch,
-                shuffle=False,
-                verbose=0,
-                callbacks=[recorder],
-            )
-        if averaged is not None:
-            model.update_teacher()
+        model.fit(
+            Steps(batches, method, first=done * per_epoch, steps=steps),
+            epochs=epochs,
+            initial_epoch=done,
+            steps_per_epoch=per_epoch,
+            shuffle=False,
+            verbose=0,
+            callbacks=[recorder],
+        )
+    if averaged is not None:
+        model.update_teacher()
     return averaged, record
 
 
@@ -223,15 +220,3 @@ def batches_shape(batches: Batches) -> tuple[int, int, int]:
 def _losses(logs: dict[str, Any]) -> tuple[float, float]:
     """The task loss and the consistency term; Keras calls the former "loss" where it is all there is."""
     return float(logs.get("task_loss", logs["loss"])), float(logs.get("consistency_loss", 0.0))
-
-
-@contextmanager
-def _frozen(network: Any) -> Iterator[Any]:
-    """`ConsistencyModel` freezes the network that it distills from; the next method starts from the same one."""
-    layers = [] if network is None else network._flatten_layers()
-    trainable = [(layer, layer.trainable) for layer in layers]
-    try:
-        yield network
-    finally:
-        for layer, was in trainable:  # from the outside in, since a layer sets those that it holds
-            layer.trainable = was
