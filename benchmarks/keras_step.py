@@ -11,7 +11,7 @@ variant makes its steps in turn, so that whatever else the machine does meets al
   hgq2         HGQ2's layers at the same widths, fixed point, with trained bit widths but without its resource estimate
 
 The two views come from the data: augmentation is not part of the step. It can cost more than all of this: Keras'
-preprocessing layers such as RandAugment take 0.5 to 3.5 s for 128 CIFAR images on one thread.
+preprocessing layers such as RandAugment can take longer than the step.
 
 Each step is timed from its beginning until its loss is there; what ``fit`` does before and after its steps is left out.
 Ratios are medians over rounds of the ratio within a round, of wall time; those of CPU time, which another process on
