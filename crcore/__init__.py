@@ -14,6 +14,7 @@ no framework; `crcore_torch` binds it to PyTorch.
 (1.0, 0.1)
 """
 
+from crcore._checkpoints import PortableLayer as PortableLayer
 from crcore._consistency import Consistency as Consistency
 from crcore._divergences import js_divergence as js_divergence
 from crcore._divergences import kl_divergence as kl_divergence
@@ -22,8 +23,10 @@ from crcore._ema import EMA as EMA
 from crcore._ema import ema_update as ema_update
 from crcore._errors import CRCoreError as CRCoreError
 from crcore._grid import IntGrid as IntGrid
+from crcore._packing import code_dtype as code_dtype
+from crcore._packing import code_limits as code_limits
 from crcore._portable import PortableCheckpoint as PortableCheckpoint
-from crcore._portable import PortableLayer as PortableLayer
+from crcore._quantized import QuantizedCheckpoint as QuantizedCheckpoint
 from crcore._quantizers import LSQ as LSQ
 from crcore._quantizers import PACT as PACT
 from crcore._quantizers import DoReFa as DoReFa
@@ -55,9 +58,12 @@ __all__ = [
     "MinMax",
     "PortableCheckpoint",
     "PortableLayer",
+    "QuantizedCheckpoint",
     "Quantizer",
     "Recipe",
     "Schedule",
+    "code_dtype",
+    "code_limits",
     "constant",
     "cosine_ramp",
     "ema_update",

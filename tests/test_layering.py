@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "crcore_torch": {"torch"},
     "crcore_torch/lightning.py": {"torch", "lightning"},
     "crcore_torch/_portable.py": {"torch", "safetensors"},
+    "crcore_torch/_quantized.py": {"torch", "safetensors"},
     "crcore_keras": {"keras"},  # and no engine: not tensorflow, jax or torch
     "crcore_keras/_portable.py": {"keras", "safetensors"},
+    "crcore_keras/_quantized.py": {"keras", "safetensors"},
 }
 # A formula by the functions that it cannot do without, and the files that hold it.
 FORMULAS = {

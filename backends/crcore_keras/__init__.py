@@ -12,12 +12,17 @@ from crcore_keras import _engine as _engine  # first, for its error  # isort: sk
 from crcore_keras._callback import ConsistencyCallback as ConsistencyCallback
 from crcore_keras._consistency_model import ConsistencyModel as ConsistencyModel
 from crcore_keras._convert import convert as convert
+from crcore_keras._export import export_litert as export_litert
+from crcore_keras._export import export_onnx as export_onnx
+from crcore_keras._export import verify as verify
 from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
 from crcore_keras._load import load_model as load_model
 from crcore_keras._portable import load_portable as load_portable
 from crcore_keras._portable import save_portable as save_portable
 from crcore_keras._prepare import prepare as prepare
+from crcore_keras._quantized import load_quantized as load_quantized
+from crcore_keras._quantized import save_quantized as save_quantized
 
 __all__ = [
     "ConsistencyCallback",
@@ -25,8 +30,13 @@ __all__ = [
     "FakeQuantize",
     "IntegerWeight",
     "convert",
+    "export_litert",
+    "export_onnx",
     "load_model",
     "load_portable",
+    "load_quantized",
     "prepare",
     "save_portable",
+    "save_quantized",
+    "verify",
 ]

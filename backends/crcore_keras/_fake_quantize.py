@@ -112,7 +112,7 @@ class FakeQuantize(keras.layers.Layer):
         float32 and int32 tensors.
         """
         if x is not None and self._recomputed:
-            arrays = self._arrays_for(self._widen(x))
+            arrays = tuple(ops.reshape(array, self.shape) for array in self._arrays_for(self._widen(x)))
         else:
             arrays = tuple(ops.convert_to_tensor(array) for array in self.arrays)
         scale, zero_point = self.quantizer.affine(*arrays, xp=xp)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
-from crcore_keras._fake_quantize import FakeQuantize
+from crcore import LayerQuantizers, Quantizer, code_dtype, code_limits
+from crcore_keras._fake_quantize import FakeQuantize, decode, encode
 
 
 @keras.saving.register_keras_serializable("crcore")
@@ -21,20 +21,28 @@ class IntegerWeight(keras.layers.Layer):
             that choice, so that converted checkpoints load into each other.
         scale: float32 (float64 for float64 models), > 0; 0-d, or one per channel as broadcast against the weight.
         zero_point: int32, of the shape of ``scale``.
-        bits: the width that was trained.
+        quantizer: what the weight was trained with; ``bits`` is its width.
+        limits: the lowest and the highest code that it can give.
     """
 
     def __init__(
-        self, *, bits: int, shape: Any, storage: str, scale_shape: Any, dtype: str = "float32", name: str | None = None
+        self,
+        *,
+        quantizer: Quantizer,
+        shape: Any,
+        scale_shape: Any,
+        dtype: str = "float32",
+        name: str | None = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype, autocast=False, trainable=False)
-        self.bits = bits
+        self.quantizer = quantizer
+        self.limits = code_limits(quantizer)
         self.codes, self.scale, self.zero_point = (
             self.add_weight(
                 shape=tuple(shape), dtype=kind, initializer="zeros", trainable=False, name=name, autocast=False
             )
             for name, kind, shape in (
-                ("codes", storage, shape),
+                ("codes", code_dtype(quantizer), shape),
                 ("scale", dtype, scale_shape),
                 ("zero_point", "int32", scale_shape),
             )
@@ -46,9 +54,8 @@ class IntegerWeight(keras.layers.Layer):
         """The integers of a float weight."""
         scale, zero_point = (ops.convert_to_numpy(value) for value in quantizer.affine(weight))
         made = cls(
-            bits=quantizer.quantizer.bits,
+            quantizer=quantizer.quantizer,
             shape=weight.shape,
-            storage=_storage(*quantizer.code_limits(weight)),
             scale_shape=scale.shape,
             dtype=quantizer.compute_dtype,
         )
@@ -56,6 +63,11 @@ class IntegerWeight(keras.layers.Layer):
         made.scale.assign(scale)
         made.zero_point.assign(zero_point)
         return made
+
+    @property
+    def bits(self) -> int:
+        """The width that was trained."""
+        return self.quantizer.bits
 
     def values(self) -> Any:
         """The weight, in the dtype of the scale."""
@@ -66,17 +78,14 @@ class IntegerWeight(keras.layers.Layer):
         """For ``from_config``."""
         return {
             "name": self.name,
-            "bits": self.bits,
+            "quantizer": encode(LayerQuantizers(self.quantizer, None)),
             "shape": tuple(self.codes.shape),
-            "storage": self.codes.dtype,
             "scale_shape": tuple(self.scale.shape),
             "dtype": self.compute_dtype,
         }
 
-
-def _storage(lowest: int, highest: int) -> str:
-    for dtype in ("int8", "uint8", "int16"):
-        limits = np.iinfo(dtype)
-        if limits.min <= lowest and highest <= limits.max:
-            return dtype
-    return "int32"
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> IntegerWeight:
+        """The layer that `get_config` described, without its variables."""
+        quantizer: Any = decode(config["quantizer"]).weights
+        return cls(quantizer=quantizer, **{key: config[key] for key in config if key != "quantizer"})

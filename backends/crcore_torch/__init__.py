@@ -14,12 +14,17 @@ crt.convert(teacher)                               # integers, scales, zero poin
 
 from crcore_torch._convert import IntegerWeight as IntegerWeight
 from crcore_torch._convert import convert as convert
+from crcore_torch._export import export_litert as export_litert
+from crcore_torch._export import export_onnx as export_onnx
+from crcore_torch._export import verify as verify
 from crcore_torch._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_torch._loss import ConsistencyLoss as ConsistencyLoss
 from crcore_torch._optim import parameter_groups as parameter_groups
 from crcore_torch._portable import load_portable as load_portable
 from crcore_torch._portable import save_portable as save_portable
 from crcore_torch._prepare import prepare as prepare
+from crcore_torch._quantized import load_quantized as load_quantized
+from crcore_torch._quantized import save_quantized as save_quantized
 from crcore_torch._teacher import Teacher as Teacher
 
 __all__ = [
@@ -28,8 +33,13 @@ __all__ = [
     "IntegerWeight",
     "Teacher",
     "convert",
+    "export_litert",
+    "export_onnx",
     "load_portable",
+    "load_quantized",
     "parameter_groups",
     "prepare",
     "save_portable",
+    "save_quantized",
+    "verify",
 ]

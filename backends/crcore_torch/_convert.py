@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from crcore import CRCoreError
+from crcore import CRCoreError, Quantizer, code_dtype, code_limits
 from crcore_torch._fake_quantize import FakeQuantize
 from crcore_torch._layers import IntegerLayer, QuantizedLayer, mixed
 from crcore_torch._teacher import Teacher, unwrapped
@@ -24,21 +24,36 @@ class IntegerWeight(nn.Module):
             that choice, so that converted checkpoints load into each other.
         scale: float32 (float64 for float64 models), > 0; 0-d, or one per channel as broadcast against the weight.
         zero_point: int32, of the shape of ``scale``.
-        bits: the width that was trained.
+        quantizer: what the weight was trained with; ``bits`` is its width.
+        limits: the lowest and the highest code that it can give.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, quantizer: FakeQuantize) -> None:
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, *, quantizer: Quantizer, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        scale, zero_point = quantizer.affine(weight)
-        self.bits = quantizer.quantizer.bits
-        self.dtype = weight.dtype
-        self.register_buffer("codes", quantizer.codes(weight).to(_storage(quantizer, weight)))
-        self.register_buffer("scale", scale.detach().clone())
+        self.quantizer = quantizer
+        self.limits = code_limits(quantizer)
+        self.dtype = dtype  # of the weight
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
+
+    @classmethod
+    def of(cls, weight: Tensor, quantizer: FakeQuantize) -> IntegerWeight:
+        """The integers of a float weight."""
+        scale, zero_point = quantizer.affine(weight)
+        codes = quantizer.codes(weight).to(getattr(torch, code_dtype(quantizer.quantizer)))
+        return cls(codes, scale.detach().clone(), zero_point, quantizer=quantizer.quantizer, dtype=weight.dtype)
+
+    @property
+    def bits(self) -> int:
+        """The width that was trained."""
+        return self.quantizer.bits
 
     def forward(self) -> Tensor:
         """The weight, in the dtype that it had."""
@@ -97,7 +112,7 @@ def convert(model: Model) -> Model:
 
 
 def _to_integers(layer: QuantizedLayer, shared: dict[tuple[int, int], IntegerWeight]) -> None:
-    """Replace the layer's float weight by integers; layers that shared the weight share them."""
+    """Replace the layer's float weight by its integers; layers that shared the weight share them."""
     quantizer = layer.weight_quantizer
     if not isinstance(quantizer, FakeQuantize):  # a float weight: only the input is quantized
         return
@@ -105,18 +120,15 @@ def _to_integers(layer: QuantizedLayer, shared: dict[tuple[int, int], IntegerWei
     weight = layer._parameters["weight"]
     key = id(weight), id(quantizer)
     if key not in shared:
-        shared[key] = IntegerWeight(weight, quantizer)
+        shared[key] = IntegerWeight.of(weight, quantizer)
+    hold(layer, shared[key])
+
+
+def hold(layer: QuantizedLayer, integers: IntegerWeight) -> None:
+    """Put integers in the place of the float weight of a quantized layer."""
+    assert isinstance(layer, nn.Module)
     kind = mixed(IntegerLayer, type(layer).__bases__[1])
     del layer.weight_quantizer
     del layer._parameters["weight"]
-    layer.add_module("integer_weight", shared[key])
+    layer.add_module("integer_weight", integers)
     layer.__class__ = kind
-
-
-def _storage(quantizer: FakeQuantize, weight: Tensor) -> torch.dtype:
-    lowest, highest = quantizer.code_limits(weight)
-    for dtype in (torch.int8, torch.uint8, torch.int16):
-        limits = torch.iinfo(dtype)
-        if limits.min <= lowest and highest <= limits.max:
-            return dtype
-    return torch.int32

@@ -109,7 +109,7 @@ class FakeQuantize(nn.Module):
     def affine(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)`` in use, in the arrays' shape; for ``x`` where they are recomputed from the tensor."""
         if x is not None and self._recomputed:
-            arrays = self._arrays_for(_widen(x))
+            arrays = tuple(map(Tensor.reshape_as, self._arrays_for(_widen(x)), self._arrays()))
         else:
             arrays = tuple(_widen(array) for array in self._arrays())
         scale, zero_point = self.quantizer.affine(*arrays, xp=xp)

@@ -13,26 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from crcore import CRCoreError, PortableCheckpoint, PortableLayer
-from crcore_torch._fake_quantize import _UNKNOWN_SIGN, FakeQuantize
-from crcore_torch._layers import IntegerLayer, QuantizedLayer, channel_axis
+from crcore_torch._entries import (
+    arrays_of,
+    check_tied,
+    flags_of,
+    is_known_weight,
+    is_matrix,
+    own_tensors,
+    quantizers_of,
+    set_flags,
+    settings_of,
+)
+from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._layers import IntegerLayer
 from crcore_torch._teacher import Teacher, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_PLACES = ("weight_quantizer", "input_quantizer")
-# What a layer is called in the file; other layers are of kind "other".
-_KINDS: dict[Any, str] = {
-    nn.Linear: "linear",
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d): "conv",
-    (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d): "conv_transpose",
-    nn.Embedding: "embedding",
-    nn.modules.batchnorm._BatchNorm: "batch_norm",
-    nn.modules.instancenorm._InstanceNorm: "instance_norm",
-    nn.LayerNorm: "layer_norm",
-    nn.GroupNorm: "group_norm",
-    nn.RMSNorm: "rms_norm",
-    nn.PReLU: "prelu",
-}
 
 
 def save_portable(model: nn.Module, path: str | os.PathLike[str], *, names: Mapping[str, str] | None = None) -> None:
@@ -78,13 +74,13 @@ def load_portable(model: Model, path: str | os.PathLike[str], *, names: Mapping[
         for name, layer in layers.items()
         for entry, tensor in layer.tensors.items()
     ]
-    _check_tied(assigned)
+    check_tied(assigned)
     with torch.no_grad():  # nothing below can fail
         for _, tensor, value in assigned:
             tensor.copy_(value)
         for name, layer in layers.items():
             for place, quantizer in layer.quantizers.items():
-                _set_flags(quantizer, found[name].flags[place])
+                set_flags(quantizer, found[name].flags[place])
     return model
 
 
@@ -106,7 +102,7 @@ class _Layer:
             {entry: _array(tensor, entry in self.vectors) for entry, tensor in self.tensors.items()},
             {**self.settings, "enabled": all(quantizer.enabled for quantizer in self.quantizers.values())},
             {place: quantizer._given for place, quantizer in self.quantizers.items()},
-            {place: _flags(quantizer) for place, quantizer in self.quantizers.items()},
+            {place: flags_of(quantizer) for place, quantizer in self.quantizers.items()},
         )
 
 
@@ -118,56 +114,33 @@ def _layers(model: Any) -> dict[str, _Layer]:
         raise CRCoreError(f"{type(model).__name__} is converted to integers; save the model that convert was given")
     if not any(isinstance(module, FakeQuantize) for module in modules.values()):
         raise CRCoreError(f"{type(model).__name__} is not prepared; portable checkpoints hold models from prepare(...)")
-    attached = {id(getattr(m, place)) for m in modules.values() if isinstance(m, QuantizedLayer) for place in _PLACES}
+    attached = {
+        id(each) for m in modules.values() if not isinstance(m, FakeQuantize) for each in quantizers_of(m).values()
+    }
     layers = {name: _layer(name, module) for name, module in modules.items() if id(module) not in attached}
     return {name: layer for name, layer in layers.items() if layer.tensors or layer.quantizers}
 
 
 def _layer(name: str, module: nn.Module) -> _Layer:
-    if isinstance(module, FakeQuantize):  # one of the user's own, in code that prepare does not see
+    quantizers = quantizers_of(module)
+    if isinstance(module, FakeQuantize):
         if any(array.ndim for array in module._arrays()):
             raise CRCoreError(
                 f"{name!r} has a scale per channel, whose axis in another backend is not known: only quantizers that "
                 "prepare attached can be saved so"
             )
-        place = "weight_quantizer" if module.role == "weight" else "input_quantizer"
-        return _Layer(_arrays({place: module}), frozenset(), {"kind": "quantizer"}, {place: module})
-    settings: dict[str, Any] = {"kind": next((kind for c, kind in _KINDS.items() if isinstance(module, c)), "other")}
-    if settings["kind"].endswith("norm"):
-        eps: Any = module.eps
-        settings["eps"] = torch.finfo(torch.float32).eps if eps is None else eps  # None: what RMSNorm then takes
-    if isinstance(module, nn.GroupNorm):
-        settings["groups"] = module.num_groups
-    quantizers: dict[str, FakeQuantize] = {}
-    if isinstance(module, QuantizedLayer):
-        attached = {place: getattr(module, place) for place in _PLACES}
-        quantizers = {place: each for place, each in attached.items() if isinstance(each, FakeQuantize)}
-    own = _own_tensors(name, module)
-    vectors = own.keys() - ({"weight"} if channel_axis(module) is not None else set())
-    return _Layer({**own, **_arrays(quantizers)}, frozenset(vectors), settings, quantizers)
-
-
-def _arrays(quantizers: Mapping[str, FakeQuantize]) -> dict[str, Tensor]:
-    return {
-        f"{place}.{name}": array
-        for place, quantizer in quantizers.items()
-        for name, array in zip(quantizer.quantizer.parameters, quantizer._arrays(), strict=True)
-    }
-
-
-def _own_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and statistics; not counters, indices and masks, which are integers or made by the architecture."""
-    saved = {key: b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set}
-    found = {key: each for key, each in {**module._parameters, **saved}.items() if each is not None}
-    found = {key: each for key, each in found.items() if each.is_floating_point()}
-    for key, each in found.items():
-        is_weight = key == "weight" and channel_axis(module) is not None
-        if not is_weight and sum(size > 1 for size in each.shape) > 1:
+        return _Layer(arrays_of(quantizers), frozenset(), settings_of(module), quantizers)
+    # Not counters, indices and masks, which are integers or made by the architecture.
+    own = {entry: tensor for entry, tensor in own_tensors(module).items() if tensor.is_floating_point()}
+    vectors = frozenset(entry for entry in own if not is_known_weight(entry, module))
+    for entry in vectors:
+        if is_matrix(own[entry]):
             raise CRCoreError(
-                f"{key} {list(each.shape)} of layer {name!r} ({type(module).__name__}) has no place in a portable "
-                "checkpoint: the order of its axes in another backend is not known. Use state_dict() within PyTorch"
+                f"{entry} {list(own[entry].shape)} of layer {name!r} ({type(module).__name__}) has no place in a "
+                "portable checkpoint: the order of its axes in another backend is not known. Use state_dict() within "
+                "PyTorch"
             )
-    return found
+    return _Layer({**own, **arrays_of(quantizers)}, vectors, settings_of(module), quantizers)
 
 
 def _portable(layers: Mapping[str, _Layer]) -> dict[str, PortableLayer]:
@@ -179,27 +152,3 @@ def _array(tensor: Tensor, as_vector: bool) -> Any:
         return tensor  # NumPy has no bfloat16; the core refuses the dtype, and says of which layer
     array = tensor.detach().cpu().numpy()
     return array.reshape(-1) if as_vector else array
-
-
-def _flags(quantizer: FakeQuantize) -> dict[str, bool | None]:
-    signed = quantizer.quantizer.signed
-    return {"initialized": bool(quantizer.initialized), "signed": signed, "frozen": bool(quantizer.frozen)}
-
-
-def _set_flags(quantizer: FakeQuantize, flags: Mapping[str, Any]) -> None:
-    quantizer.initialized.fill_(flags["initialized"])
-    quantizer.frozen.fill_(flags["frozen"])
-    quantizer.signed.fill_(_UNKNOWN_SIGN if flags["signed"] is None else flags["signed"])
-    quantizer._read_flags()
-
-
-def _check_tied(assigned: list[tuple[str, Tensor, Tensor]]) -> None:
-    """One tensor that stands in two layers must get one value."""
-    seen: dict[int, tuple[str, Tensor]] = {}
-    for entry, tensor, value in assigned:
-        other, earlier = seen.setdefault(id(tensor), (entry, value))
-        if not torch.equal(earlier, value):
-            raise CRCoreError(
-                f"{other!r} and {entry!r} are one tensor in this model and have different values in the file; untie "
-                "them, or save a model in which they are tied"
-            )

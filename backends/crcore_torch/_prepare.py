@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +54,13 @@ def prepare(model: Model, recipe: Recipe, *, inplace: bool = False) -> Model:
         model = copy.deepcopy(model)
     tied: dict[int, tuple[Quantizer, FakeQuantize]] = {}
     fitted = [(name, *_fit(name, model.get_submodule(name), quantizers, tied)) for name, quantizers in plan.items()]
-    for name, weight_quantizer, input_quantizer in fitted:  # nothing below can fail
+    attach(model, fitted)  # which cannot fail
+    return model
+
+
+def attach(model: nn.Module, fitted: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
+    """Give layers of ``model``, by name, a weight quantizer and an input quantizer."""
+    for name, weight_quantizer, input_quantizer in fitted:
         layer = model.get_submodule(name)
         layer.add_module("weight_quantizer", weight_quantizer)
         layer.add_module("input_quantizer", input_quantizer)
@@ -66,7 +73,6 @@ def prepare(model: Model, recipe: Recipe, *, inplace: bool = False) -> Model:
             # Its inference fast path hands raw weights to one fused kernel, past the input quantizers; this flag is
             # what that path is conditioned on.
             module.activation_relu_or_gelu = 0
-    return model
 
 
 def _plan(model: nn.Module, recipe: Recipe) -> dict[str, LayerQuantizers]:

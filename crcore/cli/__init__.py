@@ -1,4 +1,4 @@
-"""The `crcore` command: compare, train and evaluate.
+"""The `crcore` command: compare, train, evaluate and export.
 
 Importing this package is cheap; torch, kornia and the rest of the extra `crcore[cli]` load when a command runs.
 """
@@ -46,6 +46,22 @@ def _run(arguments: Sequence[str] | None) -> int:
             expected={
                 name: getattr(options, name) for name in ("model", "quantizer", "weight_bits", "activation_bits")
             },
+            as_json=options.json,
+        )
+        return 0
+    if options.command == "export":
+        from crcore.cli._export import export
+
+        export(
+            options.run,
+            to=options.to,
+            out=options.out,
+            role=options.role,
+            opset=options.opset,
+            integer_only=options.integer_only,
+            verify=options.verify,
+            data_name=options.data,
+            samples=options.samples,
             as_json=options.json,
         )
         return 0

@@ -62,14 +62,49 @@ examples:
 """
 
 EVALUATE = """\
-Measure the accuracy of a checkpoint on test images. Model, recipe and normalization are read from the checkpoint;
-a --model, --quantizer, --weight-bits or --activation-bits that is given is checked against it.
+Measure the accuracy of a checkpoint, or of a file that crcore export wrote, on test images. Model, recipe and
+normalization are read from the file; a --model, --quantizer, --weight-bits or --activation-bits that is given is
+checked against it. A .onnx file runs in ONNX Runtime, a .tflite file in LiteRT, both on the CPU.
 """
 
 EVALUATE_EXAMPLES = """\
 examples:
   crcore evaluate runs/x/seed0/qat+cr/student.safetensors
   crcore evaluate runs/x/seed0/qat+cr/teacher.safetensors --data cifar10/ --json
+  crcore evaluate runs/x/seed0/qat+cr/teacher.onnx
+"""
+
+EXPORT = """\
+Write a trained network for a runtime: its integers, scales and zero points as they were trained, nothing recomputed.
+
+  onnx          for ONNX Runtime: batch normalization folded, weights of 3 and 4 bits stored as int4, of 1 and 2 bits
+                as int2. pip install 'crcore[onnx]'
+  litert        for LiteRT: int8 from input to output; weights take 8 bits whatever their width.
+                pip install 'crcore[litert]'
+  safetensors   no runtime: the integers packed to their bits, to be stored, and read by load_quantized
+
+RUN is a checkpoint (.safetensors or .keras), or the folder of a method, of a seed, or of a whole run if it holds one
+quantized network. The file is run before it is put in place: it must hold the trained integers and name the same class
+as the trained network on 99.5 % of the images, or nothing is written.
+"""
+
+EXPORT_EXAMPLES = """\
+examples:
+  crcore export runs/x/seed0/qat+cr --to onnx --verify
+      writes runs/x/seed0/qat+cr/teacher.onnx, and compares it with the trained network on all test images
+  crcore export runs/x/seed0/qat+cr --role student --to safetensors
+      writes runs/x/seed0/qat+cr/student-packed.safetensors
+  crcore export runs/keras/seed0/qat/student.keras --to litert --out phone.tflite
+      a network that was trained with Keras, on whichever engine; one of PyTorch goes the same way
+  crcore export runs/x/seed0/qat --to onnx --opset 20
+      for a runtime that does not know int4 yet: the same integers in 8 bits each
+
+what --verify prints (--json has the same numbers):
+  accuracy             of the file and of the trained network, in percent of the test images
+  same class           how often both name the same class
+  largest difference   of the outputs, in steps of an 8-bit output
+  layers as trained    whose integers, and whose input's scale and zero point, are the trained ones
+  size, latency        beside the same network in float, in the same runtime, one image on one thread
 """
 
 
@@ -116,7 +151,9 @@ def build_parser(version: str) -> Parser:
     _add_training(train, several=False)
     _add_run(train)
     evaluate = _command(commands, "evaluate", "measure the accuracy of a checkpoint", EVALUATE, EVALUATE_EXAMPLES)
-    evaluate.add_argument("checkpoint", type=Path, help="a .safetensors or .keras file that crcore wrote")
+    evaluate.add_argument(
+        "checkpoint", type=Path, help="a .safetensors, .keras, .onnx or .tflite file that crcore wrote"
+    )
     evaluate.add_argument("--data", help="as in crcore compare; default: what the checkpoint was trained on")
     evaluate.add_argument("--model", help="refuse a checkpoint of another model")
     evaluate.add_argument("--quantizer", choices=QUANTIZERS, help="refuse a checkpoint of another quantizer")
@@ -124,6 +161,8 @@ def build_parser(version: str) -> Parser:
     evaluate.add_argument("--activation-bits", type=int, metavar="N", help="refuse a checkpoint of another width")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    export = _command(commands, "export", "write a trained network for a runtime", EXPORT, EXPORT_EXAMPLES)
+    _add_export(export)
     return parser
 
 
@@ -268,6 +307,46 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--evaluate-every", type=int, metavar="N", help="epochs between tests; default: about 20 tests in a run"
     )
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a checkpoint, or a folder that holds one")
+    parser.add_argument("--to", choices=("onnx", "litert", "safetensors"), required=True, help="what to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: beside the checkpoint, as teacher.onnx, teacher.tflite or teacher-packed.safetensors",
+    )
+    parser.add_argument(
+        "--role", choices=("student", "teacher"), help="of RUN's checkpoints; default: the teacher if there is one"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="measure on all test images, and print accuracy, size and latency"
+    )
+    parser.add_argument("--data", metavar="PATH", help="as in crcore compare; default: what RUN was trained on")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=512,
+        metavar="N",
+        help="training images on which a file is checked before it is put in place, and from which the ranges come that "
+        "training gave none",
+    )
+    parser.add_argument(
+        "--opset",
+        type=int,
+        metavar="N",
+        help="of the ONNX file, 14 to 25; default: the oldest that holds the weights packed (20; 21 with int4; 25 with "
+        "int2)",
+    )
+    parser.add_argument(
+        "--integer-only",
+        action=argparse.BooleanOptionalAction,
+        help="ONNX: 8 bits for sums and pooled maps too, so that integer kernels run from end to end; default: yes "
+        "where every trained activation has 8 bits",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _labels(text: str) -> int:

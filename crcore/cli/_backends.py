@@ -12,13 +12,16 @@ import crcore as cr
 from crcore.cli._errors import CommandError, one_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from crcore.cli._batches import Batches
     from crcore.cli._data import Images
     from crcore.cli._methods import Method
     from crcore.cli._network_info import NetworkInfo
     from crcore.cli._progress import Progress
+    from crcore.deploy import Verification
 
 ENGINES = ("tensorflow", "jax", "torch")  # of Keras, those that can train
 Network = Any  # a torch.nn.Module or a keras.Model
@@ -29,6 +32,10 @@ class Evaluation(Protocol):
 
     def accuracy(self, network: Network) -> float:
         """Percent of the images whose largest logit is the label's."""
+        ...
+
+    def predictions(self, network: Network) -> "NDArray[np.int64]":
+        """The class of the largest logit of each image."""
         ...
 
 
@@ -97,6 +104,35 @@ class Backend(Protocol):
 
     def load_state(self, network: Network, state: Any, path: Path) -> None:
         """Load a state into a network of the same form, or say what does not fit."""
+        ...
+
+    def export(
+        self,
+        network: Network,
+        path: Path,
+        images: "torch.Tensor",
+        *,
+        metadata: dict[str, Any],
+        opset: int | None,
+        integer_only: bool | None,
+    ) -> "Verification":
+        """Write a quantized network for the runtime of the file's ending, and prove it there.
+
+        `images` are normalised views ``[N, C, H, W]``: ranges are taken from them, and the proof is made on them.
+        `opset` and `integer_only` are for ONNX.
+        """
+        ...
+
+    def verify(self, network: Network, path: Path, images: "torch.Tensor", labels: "torch.Tensor") -> "Verification":
+        """Compare an exported file with the network that it was written from, on other images."""
+        ...
+
+    def save_quantized(self, network: Network, path: Path) -> None:
+        """Write the integers of a quantized network, packed."""
+        ...
+
+    def load_quantized(self, network: Network, path: Path) -> Network:
+        """The network that `save_quantized` saved; `network` is its float form."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The three commands: compare, train and evaluate. Their arguments are checked in `_arguments.py`."""
+"""The commands compare, train and evaluate; export is in `_export.py`. Their arguments are checked in `_arguments.py`."""
 
 import json
 import sys
@@ -9,17 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 import crcore as cr
-from crcore.cli._backends import backend_name_of, open_backend
 from crcore.cli._curves import draw_curves
-from crcore.cli._data import load_data
 from crcore.cli._errors import CommandError
 from crcore.cli._files import write_text
-from crcore.cli._network_info import network_recipe
+from crcore.cli._networks import data_for, read_file
 from crcore.cli._progress import Progress
 from crcore.cli._recipes import quantizer_name, quantizers
 from crcore.cli._report import HEADER, cells, markdown, notes, rows, title
 from crcore.cli._runs import all_runs, total_steps
-from crcore.cli._session import Session, check_same_quantization, open_session, versions
+from crcore.cli._session import Session, check_same_quantization, open_session
 from crcore.cli._settings import Settings, check_bits
 
 
@@ -57,39 +55,29 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Rebuild the network of a checkpoint and measure its accuracy on the test images."""
-    backend = open_backend(backend_name_of(checkpoint), device=device_name)
-    state, info = backend.read_network(checkpoint)
-    recipe = network_recipe(info, checkpoint)
-    _check_expected(checkpoint, info.model, recipe, expected)
-    data = load_data(data_name or info.data, image_size=info.image_size)
-    found = (len(data.classes), data.channels, data.size)
-    if found != (len(info.classes), info.channels, info.size):
-        raise CommandError(
-            f"{checkpoint} was trained on {len(info.classes)} classes of images {_shape(info.channels, info.size)}; "
-            f"--data {data.name} has {len(data.classes)} classes of {_shape(data.channels, data.size)}; give data like "
-            "those it was trained on"
-        )
-    network = backend.network(info.model, num_classes=len(info.classes), in_channels=info.channels, size=info.size)
-    if recipe is not None:
-        network = backend.prepare(network, recipe)
-    backend.load_state(network, state, checkpoint)
-    accuracy = backend.evaluation(data.test, mean=info.mean, std=info.std).accuracy(network)
+    network = read_file(checkpoint, device=device_name)
+    info = network.info
+    _check_expected(checkpoint, info.model, network.recipe, expected)
+    data = data_for(info, checkpoint, data_name)
+    accuracy = network.accuracy(data)
     if as_json:
         result = {
             "checkpoint": str(checkpoint),
             "accuracy": accuracy,
             "role": info.role,
             "model": info.model,
+            "runtime": network.runtime,
             "data": data.name,
             "test_images": len(data.test.labels),
             "recipe": info.recipe,
-            "versions": {"trained": info.versions, "evaluated": versions(backend)},
+            "versions": {"trained": info.versions, "evaluated": network.versions},
         }
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
     else:
+        where = "" if network.runtime is None else f", in {network.runtime}"
         sys.stdout.write(
             f"accuracy {accuracy:.2f} % on {len(data.test.labels)} test images of {data.name} "
-            f"({info.role} network, {info.model})\n"
+            f"({info.role} network, {info.model}{where})\n"
         )
 
 
@@ -140,10 +128,6 @@ def _data(session: Session) -> dict[str, Any]:
         "size": list(data.size),
         "fingerprint": data.fingerprint,
     }
-
-
-def _shape(channels: int, size: tuple[int, int]) -> str:
-    return f"{size[1]}x{size[0]}x{channels}"
 
 
 def _check_expected(checkpoint: Path, model: str, recipe: cr.Recipe | None, expected: dict[str, Any]) -> None:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from crcore.cli._data import Images
 from crcore.cli._views import View
+
+MOST = 500  # images in a batch
 
 
 class Evaluation:
@@ -17,14 +21,20 @@ class Evaluation:
         size = (self.images.shape[2], self.images.shape[3])
         self.view = View("none", size=size, flip=False, mean=mean, std=std).to(device)
 
-    @torch.inference_mode()
-    def accuracy(self, model: nn.Module, *, batch_size: int = 500) -> float:
+    def accuracy(self, model: nn.Module) -> float:
         """Percent of the images whose largest logit is the label's. The model's mode is as it was afterwards."""
+        return 100 * int((self._classes(model) == self.labels).sum()) / len(self.labels)
+
+    def predictions(self, model: nn.Module) -> NDArray[np.int64]:
+        """The class of the largest logit of each image."""
+        found: NDArray[np.int64] = self._classes(model).cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def _classes(self, model: nn.Module) -> Tensor:
         training = model.training
         model.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=self.labels.device)
-        for start in range(0, len(self.labels), batch_size):
-            logits = model(self.view(self.images[start : start + batch_size], 0))
-            correct += (logits.argmax(1) == self.labels[start : start + batch_size]).sum()
+        starts = range(0, len(self.labels), MOST)
+        classes = [model(self.view(self.images[start : start + MOST], 0)).argmax(1) for start in starts]
         model.train(training)
-        return 100 * int(correct) / len(self.labels)
+        return torch.cat(classes)

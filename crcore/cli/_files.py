@@ -13,8 +13,11 @@ def put_in_place(path: Path, *, ending: str = "") -> Iterator[Path]:
     `ending` is appended to the temporary name, for writers that insist on one.
     """
     temporary = path.with_name(f"{path.name}.tmp{ending}")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # what a full disk left of it
 
 
 def write_text(path: Path, text: str) -> None:

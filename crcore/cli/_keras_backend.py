@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import crcore_keras as crk
 import keras
@@ -13,11 +13,14 @@ import crcore as cr
 from crcore.cli import _keras_training
 from crcore.cli._data import Images
 from crcore.cli._keras_checkpoints import load_state, read_network, save_network
-from crcore.cli._keras_evaluation import KerasEvaluation
+from crcore.cli._keras_evaluation import KerasEvaluation, channels_last
 from crcore.cli._keras_models import build_model
 from crcore.cli._methods import Method
 from crcore.cli._network_info import NetworkInfo
 from crcore.cli._random import seed_of
+
+if TYPE_CHECKING:
+    from crcore.deploy import Verification
 
 
 class KerasBackend:
@@ -64,6 +67,34 @@ class KerasBackend:
     def load_state(self, network: Any, state: Path, path: Path) -> None:
         """Load the weights of the file `state`, which is `path`."""
         load_state(network, path)
+
+    def export(
+        self,
+        network: Any,
+        path: Path,
+        images: torch.Tensor,
+        *,
+        metadata: dict[str, Any],
+        opset: int | None,
+        integer_only: bool | None,
+    ) -> "Verification":
+        """`crcore_keras.export_onnx` or `export_litert`."""
+        sample = channels_last(images)
+        if path.suffix == ".tflite":
+            return crk.export_litert(network, sample, path, metadata=metadata)
+        return crk.export_onnx(network, sample, path, opset=opset, integer_only=integer_only, metadata=metadata)
+
+    def verify(self, network: Any, path: Path, images: torch.Tensor, labels: torch.Tensor) -> "Verification":
+        """`crcore_keras.verify`."""
+        return crk.verify(network, channels_last(images), path, labels=labels.numpy())
+
+    def save_quantized(self, network: Any, path: Path) -> None:
+        """`crcore_keras.save_quantized`."""
+        crk.save_quantized(network, path)
+
+    def load_quantized(self, network: Any, path: Path) -> Any:
+        """`crcore_keras.load_quantized`."""
+        return crk.load_quantized(network, path)
 
 
 def _seed(seed: int, stream: str) -> None:

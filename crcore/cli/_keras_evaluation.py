@@ -34,9 +34,12 @@ class KerasEvaluation:
 
     def accuracy(self, network: Any) -> float:
         """Percent of the images whose largest logit is the label's."""
+        return 100 * int((self.predictions(network) == self.labels).sum()) / len(self.labels)
+
+    def predictions(self, network: Any) -> NDArray[np.int64]:
+        """The class of the largest logit of each image."""
         logits = [network.predict_on_batch(_filled(images, self.batch_size))[: len(images)] for images in self.images]
-        correct = np.concatenate(logits).argmax(axis=1) == self.labels
-        return 100 * int(correct.sum()) / len(self.labels)
+        return np.concatenate(logits).argmax(axis=1)
 
 
 def _filled(images: NDArray[np.float32], size: int) -> NDArray[np.float32]:

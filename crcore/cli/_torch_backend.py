@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import crcore_torch as crt
 import torch
@@ -18,6 +18,9 @@ from crcore.cli._methods import Method
 from crcore.cli._models import build_model
 from crcore.cli._network_info import NetworkInfo
 from crcore.cli._random import seed_of
+
+if TYPE_CHECKING:
+    from crcore.deploy import Verification
 
 
 class TorchBackend:
@@ -71,6 +74,33 @@ class TorchBackend:
     def load_state(self, network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         """Load the tensors of `read_network`."""
         load_state(network, state, path)
+
+    def export(
+        self,
+        network: nn.Module,
+        path: Path,
+        images: Tensor,
+        *,
+        metadata: dict[str, Any],
+        opset: int | None,
+        integer_only: bool | None,
+    ) -> "Verification":
+        """`crcore_torch.export_onnx` or `export_litert`."""
+        if path.suffix == ".tflite":
+            return crt.export_litert(network, images, path, metadata=metadata)
+        return crt.export_onnx(network, images, path, opset=opset, integer_only=integer_only, metadata=metadata)
+
+    def verify(self, network: nn.Module, path: Path, images: Tensor, labels: Tensor) -> "Verification":
+        """`crcore_torch.verify`."""
+        return crt.verify(network, images, path, labels=labels)
+
+    def save_quantized(self, network: nn.Module, path: Path) -> None:
+        """`crcore_torch.save_quantized`."""
+        crt.save_quantized(network, path)
+
+    def load_quantized(self, network: nn.Module, path: Path) -> nn.Module:
+        """`crcore_torch.load_quantized`."""
+        return crt.load_quantized(network, path)
 
 
 def choose_device(name: str) -> torch.device:

@@ -16,9 +16,11 @@ class _PaddedLikeTorch:
     count in the first scale and in the scale's gradient, and QAT would take another course than on torch.
     """
 
+    explicit_padding = ((1, 1), (1, 1))  # what crcore_keras.export_onnx has to know of `call`
+
     def call(self, inputs: Any, *args: Any) -> Any:
         """The convolution of the padded inputs."""
-        padded = keras.ops.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        padded = keras.ops.pad(inputs, ((0, 0), *self.explicit_padding, (0, 0)))
         return super().call(padded, *args)  # type: ignore[misc]
 
     def compute_output_shape(self, input_shape: Any) -> Any:

@@ -7,47 +7,25 @@ import copy
 import crcore_torch as crt
 import pytest
 import torch
-from small_nets import assert_same_bits, compiles, convnet, images, mlp, recipe, sgd, snapshot, train_step, vectors
+from small_nets import (
+    ACTIVATIONS,
+    PAIRS,
+    WEIGHTS,
+    assert_same_bits,
+    compiles,
+    convnet,
+    images,
+    mlp,
+    recipe,
+    sgd,
+    snapshot,
+    train_step,
+    trained,
+    vectors,
+)
 from torch import nn
 
 import crcore as cr
-
-WEIGHTS = {
-    "LSQ": cr.LSQ(4),
-    "LSQ per channel": cr.LSQ(4, per_channel=True),
-    "LSQ narrow 2 bits": cr.LSQ(2, per_channel=True, narrow=True),
-    "LSQ 1 bit": cr.LSQ(1, per_channel=True),
-    "LSQ unsigned 8 bits": cr.LSQ(8, signed=False),
-    "LSQ 16 bits": cr.LSQ(16),
-    "DoReFa": cr.DoReFa(3),
-    "DoReFa per channel": cr.DoReFa(4, per_channel=True),
-    "DoReFa 8 bits": cr.DoReFa(8),
-    "DoReFa 1 bit": cr.DoReFa(1),
-    "MinMax": cr.MinMax(4),
-    "MinMax per channel": cr.MinMax(4, per_channel=True),
-    "MinMax affine": cr.MinMax(4, symmetric=False, per_channel=True),
-    "MinMax affine unsigned": cr.MinMax(8, symmetric=False, signed=False),
-    "none": None,
-}
-ACTIVATIONS = {
-    "LSQ": cr.LSQ(4),
-    "LSQPlus": cr.LSQPlus(4),
-    "PACT": cr.PACT(4),
-    "DoReFa": cr.DoReFa(4),
-    "MinMax": cr.MinMax(4),
-    "none": None,
-}
-PAIRS = [(weights, "LSQ") for weights in WEIGHTS] + [("LSQ per channel", name) for name in ACTIVATIONS]
-
-
-def trained(chosen: cr.Recipe, steps: int = 3) -> tuple[nn.Module, crt.Teacher]:
-    student = crt.prepare(convnet(), chosen)
-    teacher = crt.Teacher(student, cr.EMA(0.5))
-    optimizer = sgd(student)
-    teacher.follow(optimizer)
-    for seed in range(steps):
-        train_step(student, teacher, optimizer, images(seed=seed))
-    return student, teacher
 
 
 @pytest.mark.parametrize(("weights", "activations"), PAIRS)

@@ -1,0 +1,44 @@
+"""Files that are replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from crcore._errors import CRCoreError
+
+
+@contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place when the block ends without an error.
+
+    So nobody ever reads half of what is written, and what was there before stays until all of the new is there.
+
+    Args:
+        path: of the file to replace or to make.
+
+    Yields:
+        the path to write to, in the same folder.
+
+    Raises:
+        CRCoreError: the block raised it, or whatever else it raised stopped the writing: no such folder, no space left.
+    """
+    path = Path(path)
+    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except CRCoreError:
+        raise
+    except Exception as error:  # those who write have errors of their own
+        raise CRCoreError(f"{path} cannot be written ({cause(error)}); nothing was changed there") from error
+    finally:
+        with suppress(OSError, ValueError):  # a path that could not be written need not be one that can be removed
+            temporary.unlink(missing_ok=True)
+
+
+def cause(error: Exception) -> str:
+    """What an error says, as part of a message of one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

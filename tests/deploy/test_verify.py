@@ -1,0 +1,260 @@
+"""A file that is not what was trained is noticed, and the layer is named in which it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from onnx import numpy_helper
+from small_graphs import GraphMaker
+
+from crcore import CRCoreError
+from crcore.deploy import codes_by_layer, expanded, float_twin, prepared_graph, to_onnx
+from crcore.deploy._litert import to_litert
+from crcore.deploy._litert_file import _read, _written
+from crcore.deploy._loading import onnx_session
+from crcore.deploy._verify import Verification, verify
+
+LAYERS = ("stem", "mid", "late", "classifier")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A small network: its graph, files of it, and what it computes on a sample."""
+
+    graph: onnx.ModelProto
+    sample: dict[str, Any]
+    expected: Any
+    folder: Path
+
+    def verified(self, path: Path, **more: Any) -> Verification:
+        options = {"graph": self.graph, **more}
+        return verify(path, expected=self.expected, sample=self.sample, codes=codes_by_layer(self.graph), **options)
+
+
+def computed(graph: onnx.ModelProto, sample: dict[str, Any]) -> Any:
+    return onnx_session(Path("net"), expanded(graph).SerializeToString()).run(None, sample)[0]
+
+
+def _centre(graph: onnx.ModelProto, outputs: Any) -> None:
+    """Choose the last bias so that every class is named now and then."""
+    (bias,) = [node.input[2] for node in graph.graph.node if node.op_type == "Gemm"]
+    (tensor,) = [tensor for tensor in graph.graph.initializer if tensor.name == bias]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) - outputs.mean(axis=0), bias))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    make = GraphMaker({"image": (3, 8, 8)})
+    x = make.signed("image", 0.03, layer="stem")
+    x = make.node("Relu", make.conv(x, (6, 3, 3, 3), layer="stem", bits=4, scale=make.scales(6, 0.06), pads=[1] * 4))
+    x = make.quantized(x, 0.015, layer="mid")
+    x = make.node("Relu", make.conv(x, (6, 6, 3, 3), layer="mid", bits=4, scale=make.scales(6, 0.06), pads=[1] * 4))
+    x = make.quantized(x, 0.02, layer="late")
+    x = make.node("Relu", make.conv(x, (6, 6, 3, 3), layer="late", bits=4, scale=make.scales(6, 0.06), pads=[1] * 4))
+    x = make.node("Flatten", make.node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2]), axis=1)
+    x = make.quantized(x, 0.02, layer="classifier")
+    graph = make.model(make.gemm(x, 96, 10, layer="classifier", scale=0.01))
+    sample = make.sample(1000)
+    _centre(graph, computed(graph, sample))
+    first, second = np.sort(computed(graph, sample), axis=1)[:, :-3:-1].T
+    clear = np.argsort(second - first)[:400]  # a random network is not sure of what it says; a trained one is
+    sample = {"image": sample["image"][clear]}
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "net.onnx").write_bytes(to_onnx(prepared_graph(graph, sample))[0].SerializeToString())
+    (folder / "net.tflite").write_bytes(to_litert(prepared_graph(graph, sample, outputs=True)))
+    (folder / "float.onnx").write_bytes(float_twin(graph).SerializeToString())
+    expected = computed(graph, sample)
+    assert len(set(expected.argmax(axis=1).tolist())) == 10, "agreement says nothing of a network with one answer"
+    return Exported(graph, sample, expected, folder)
+
+
+@pytest.mark.parametrize(("file", "runtime"), [("net.onnx", "onnxruntime"), ("net.tflite", "litert")])
+def test_a_sound_file_passes(exported: Exported, file: str, runtime: str) -> None:
+    labels = exported.expected.argmax(axis=1)
+    labels[:100] = (labels[:100] + 1) % 10
+    found = exported.verified(exported.folder / file, labels=labels)
+    found.check()
+    assert (found.runtime, found.samples, found.layers) == (runtime, 400, 4)
+    assert found.agreement >= 99.5
+    assert found.expected_accuracy == 75.0
+    assert abs(found.accuracy - 75.0) <= 0.5
+    assert (found.differing_layers, found.first_difference) == ((), None)
+    assert 0 < found.max_code_difference <= 8
+    assert found.size == (exported.folder / file).stat().st_size
+    assert (found.float_size, found.float_latency) == (None, None)
+    assert found.latency > 0
+
+
+def test_size_and_latency_stand_beside_those_of_the_float_twin(exported: Exported) -> None:
+    twin = exported.folder / "float.onnx"
+    found = exported.verified(exported.folder / "net.onnx", float_path=twin)
+    assert found.float_size == twin.stat().st_size
+    assert found.float_latency > 0
+    table = found.table()
+    assert f"{found.size / twin.stat().st_size:.3f}" in table
+    assert "of 400 inputs" in table
+    assert "accuracy" not in table
+    assert json.loads(json.dumps(found.to_dict()))["layers"] == 4
+
+
+def broken_onnx(exported: Exported, **changes: Callable[[Any], Any]) -> Path:
+    """The file with initializers changed; in names, __ stands for a dot."""
+    model = onnx.load(exported.folder / "net.onnx")
+    left = {name.replace("__", "."): change for name, change in changes.items()}
+    for tensor in model.graph.initializer:
+        if tensor.name in left:
+            changed = left.pop(tensor.name)(numpy_helper.to_array(tensor).copy())
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(changed), tensor.name))
+    assert not left, f"no such initializers: {left}"
+    path = exported.folder / "broken.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def classifier_scale(exported: Exported) -> str:
+    tensors = onnx.load(exported.folder / "net.onnx").graph.initializer
+    (name,) = [tensor.name for tensor in tensors if tensor.name.startswith("classifier.scale")]
+    return name
+
+
+def one_more(codes: Any) -> Any:
+    codes.flat[5] += 1 if codes.flat[5] < 0 else -1
+    return codes
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_weight_that_is_off_by_one_is_named(exported: Exported, layer: str) -> None:
+    found = exported.verified(broken_onnx(exported, **{f"{layer}__codes": one_more}))
+    assert found.differing_layers == (layer,)
+    with pytest.raises(CRCoreError, match=f"1 of 4 layers differ .* first '{layer}'"):
+        found.check()
+
+
+def test_layers_that_are_swapped_are_named(exported: Exported) -> None:
+    codes = codes_by_layer(exported.graph)
+    file = broken_onnx(
+        exported,
+        mid__codes=lambda old: codes["late"].astype(old.dtype),
+        late__codes=lambda old: codes["mid"].astype(old.dtype),
+    )
+    found = exported.verified(file)
+    assert found.differing_layers == ("mid", "late")
+    assert found.first_difference.startswith("the input of layer 'late', which is computed by 'mid'")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_wrong_zero_point_is_named(exported: Exported, layer: str) -> None:
+    found = exported.verified(broken_onnx(exported, **{f"{layer}__input_zero_point": lambda old: old + np.uint8(1)}))
+    assert found.differing_layers == (layer,)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_wrong_step_of_an_input_is_named(exported: Exported, layer: str) -> None:
+    found = exported.verified(broken_onnx(exported, **{f"{layer}__input_scale": lambda old: old * np.float32(1.001)}))
+    assert found.differing_layers == (layer,)
+
+
+@pytest.mark.parametrize(("layer", "reader"), list(pairwise(LAYERS)))
+def test_a_wrong_scale_of_a_weight_is_named(exported: Exported, layer: str, reader: str) -> None:
+    found = exported.verified(broken_onnx(exported, **{f"{layer}__scale": lambda old: old[::-1] * np.float32(2)}))
+    assert found.differing_layers == ()
+    with pytest.raises(CRCoreError, match=f"the input of layer '{reader}', which is computed by '{layer}': its codes"):
+        found.check()
+
+
+def test_a_wrong_scale_in_the_last_layer_is_named(exported: Exported) -> None:
+    found = exported.verified(broken_onnx(exported, **{classifier_scale(exported): lambda old: -old}))
+    with pytest.raises(CRCoreError, match="the output, which is computed by 'classifier'"):
+        found.check()
+
+
+def test_without_the_graph_a_wrong_scale_is_a_low_agreement(exported: Exported) -> None:
+    found = exported.verified(broken_onnx(exported, mid__scale=lambda old: old[::-1] * np.float32(2)), graph=None)
+    with pytest.raises(CRCoreError, match=r"of 400 inputs, and 99.5 % are required;"):
+        found.check()
+
+
+def broken_litert(exported: Exported, change: Callable[[Any, Any], None]) -> Path:
+    model = _read((exported.folder / "net.tflite").read_bytes())
+    change(model, model.subgraphs[0])
+    path = exported.folder / "broken.tflite"
+    path.write_bytes(_written(model))
+    return path
+
+
+def weight_of(model: Any, graph: Any, layer: int) -> tuple[Any, Any]:
+    """The operator of a layer, and the tensor of its weight."""
+    found = [
+        (operator, graph.tensors[operator.inputs[1]])
+        for operator in graph.operators
+        if len(operator.inputs) == 3 and graph.tensors[operator.inputs[1]].type == schema.TensorType.INT8
+    ]
+    return found[layer]
+
+
+@pytest.mark.parametrize(("number", "layer"), [(0, "stem"), (1, "mid"), (2, "late"), (-1, "classifier")])
+def test_a_weight_that_is_off_by_one_is_named_in_litert(exported: Exported, number: int, layer: str) -> None:
+    def change(model: Any, graph: Any) -> None:
+        buffer = model.buffers[weight_of(model, graph, number)[1].buffer]
+        buffer.data = one_more(np.array(buffer.data).view(np.int8)).view(np.uint8)
+
+    assert exported.verified(broken_litert(exported, change)).differing_layers == (layer,)
+
+
+def test_a_wrong_step_of_an_input_is_named_in_litert(exported: Exported) -> None:
+    def change(model: Any, graph: Any) -> None:
+        grid = graph.tensors[weight_of(model, graph, 2)[0].inputs[0]].quantization
+        grid.scale = grid.scale * np.float32(1.001)
+
+    assert exported.verified(broken_litert(exported, change)).differing_layers == ("late",)
+
+
+def test_a_wrong_scale_of_a_weight_is_named_in_litert(exported: Exported) -> None:
+    def change(model: Any, graph: Any) -> None:
+        operator, weight = weight_of(model, graph, 1)
+        weight.quantization.scale = weight.quantization.scale[::-1] * np.float32(2)
+        graph.tensors[operator.inputs[2]].quantization.scale = (
+            weight.quantization.scale * graph.tensors[operator.inputs[0]].quantization.scale
+        )
+
+    found = exported.verified(broken_litert(exported, change))
+    with pytest.raises(CRCoreError, match="the input of layer 'late', which is computed by 'mid': its codes"):
+        found.check()
+
+
+def test_layers_that_are_swapped_are_noticed_in_litert(exported: Exported) -> None:
+    def change(model: Any, graph: Any) -> None:
+        (mid, _), (late, _) = (weight_of(model, graph, number) for number in (1, 2))
+        a, b = mid.inputs, late.inputs
+        mid.inputs, late.inputs = (np.array([x, w, bias], np.int32) for x, w, bias in ((a[0], *b[1:]), (b[0], *a[1:])))
+
+    found = exported.verified(broken_litert(exported, change))
+    with pytest.raises(CRCoreError, match="'mid'"):
+        found.check()
+
+
+def test_outputs_that_are_no_numbers_do_not_agree(exported: Exported) -> None:
+    found = exported.verified(
+        broken_onnx(exported, **{classifier_scale(exported): lambda old: old * np.float32("nan")}), graph=None
+    )
+    assert found.agreement == 0.0
+    assert found.max_code_difference == np.inf
+
+
+def test_an_output_of_another_shape_is_an_error(exported: Exported) -> None:
+    with pytest.raises(CRCoreError, match=r"shape \(400, 10\), the trained network \(400, 3\)"):
+        verify(
+            exported.folder / "net.onnx",
+            expected=exported.expected[:, :3],
+            sample=exported.sample,
+            codes=codes_by_layer(exported.graph),
+        )
