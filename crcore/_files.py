@@ -26,7 +26,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         CRCoreError: the block raised it, or whatever else it raised stopped the writing: no such folder, no space left.
     """
     path = Path(path)
-    temporary = path.parent / f"{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
     try:
         yield temporary
         os.replace(temporary, path)

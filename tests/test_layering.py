@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "crcore_keras": {"keras"},  # and no engine: not tensorflow, jax or torch
     "crcore_keras/_portable.py": {"keras", "safetensors"},
     "crcore_keras/_quantized.py": {"keras", "safetensors"},
+    "crcore_keras/_graph": {"keras", "onnx"},
 }
 # A formula by the functions that it cannot do without, and the files that hold it.
 FORMULAS = {

@@ -38,9 +38,9 @@ def export_onnx(
     bits are stored as int2, of 3 and 4 bits as int4, of 5 to 8 bits as int8. The file is run in ONNX Runtime on the
     sample before it is put in place. It takes and gives what the model does, in the model's own layout.
 
-    A layer of a class of your own is exported if it computes what the Keras class that it derives from computes. One
-    that first puts zeros around its input says so in an attribute, for each axis of the image:
-    ``explicit_padding = ((top, bottom), (left, right))``.
+    A layer of a class of your own is exported if it computes what the Keras class that it derives from computes. A
+    convolution whose ``call`` first puts zeros around what it is given says so in an attribute, for each axis of the
+    image: ``explicit_padding = ((top, bottom), (left, right))``.
 
     Args:
         model: from `prepare`, trained; a `ConsistencyModel`, whose average is taken where it has one; or from

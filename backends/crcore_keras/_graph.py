@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 from crcore import CRCoreError, deploy
 from crcore_keras._graph_activations import KINDS, by_name
 from crcore_keras._graph_layers import MERGING, WRITERS
-from crcore_keras._graph_network import FLOAT, Network, Shape, Tensor, described
+from crcore_keras._graph_network import FLOAT, Inputs, Network, Shape, Tensor, described
+from crcore_keras._graph_windows import PADDED
 from crcore_keras._layers import base_class
 from crcore_keras._tree import walk
 
@@ -130,12 +131,13 @@ def _layer(net: Network, layer: Any, shape: Shape, given: Sequence[Tensor]) -> T
             "has no form in an exported graph. Build it from layers that have, or export the part of the model before "
             f"it, keras.Model(model.inputs, model.get_layer(...).input), converted. Known are {names}"
         )
-    changed = _changed(kind, known) - ({"call"} if hasattr(layer, "explicit_padding") else set())
+    pads = issubclass(known, PADDED) and hasattr(layer, "explicit_padding")
+    changed = _changed(kind, known) - ({"call"} if pads else set())
     if changed:
         raise net.error(
             f"is a {known.__name__} with code of its own ({', '.join(sorted(changed))}), which exported graphs do not "
-            "know. Write it as layers of Keras; or, if all that its call does is to put zeros around what it is given, "
-            "say so in the attribute explicit_padding = ((top, bottom), (left, right))"
+            "know. Write it as layers of Keras; or, if it is a convolution that first puts zeros around what it is "
+            "given, say so in the attribute explicit_padding = ((top, bottom), (left, right))"
         )
     if len(given) != 1 and not issubclass(known, MERGING):
         raise net.error(f"is called with {len(given)} tensors; in exported graphs {known.__name__} takes one")
@@ -176,7 +178,5 @@ def _arithmetic(net: Network, op: str, shape: Shape, operands: Sequence[Any], te
     first = next(alike)
     if len(tensors) == 2:
         return net.add(op, [first, next(alike)], shape, moved=first.moved)
-    names: list[str | Tensor] = [
-        first if isinstance(each, Tensor) else net.beside(first, each, "operand") for each in operands
-    ]
+    names: Inputs = [first if isinstance(each, Tensor) else net.beside(first, each, "operand") for each in operands]
     return net.add(op, names, shape, moved=first.moved)

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from crcore_keras import _graph_windows as windows
 from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._graph_activations import activated, activation, activation_layer, prelu
-from crcore_keras._graph_network import Network, Shape, Tensor, numbers
+from crcore_keras._graph_network import Inputs, Network, Shape, Tensor, numbers
 from crcore_keras._layers import Kernel, kernels_of
 
 # Writes a layer: the network, the layer, the shape of what it gives, and what it is given.
@@ -28,7 +28,7 @@ def _dense(net: Network, layer: Any, shape: Shape, x: Tensor) -> Tensor:
     bias = layer.bias if layer.use_bias else None
     if x.rank == 2:
         weight = net.weight(layer, kernel, np.transpose, 0)
-        inputs = [x, weight] if bias is None else [x, weight, net.constant(bias, "bias")]
+        inputs: Inputs = [x, weight] if bias is None else [x, weight, net.constant(bias, "bias")]
         return activated(net, layer.activation, net.add("Gemm", inputs, shape, attributes={"transB": 1}))
     return _product(net, layer, kernel, bias, shape, x)
 
@@ -70,14 +70,14 @@ def _batch_normalization(net: Network, layer: Any, shape: Shape, x: Tensor) -> T
     if axis not in (1, x.rank - 1):
         raise net.error(f"has axis={layer.axis}; exported graphs normalize channels, axis 1 or the last one")
     x = net.channels_first(x) if axis == x.rank - 1 else net.as_in_keras(x)
-    size = (x.shape[axis],)
+    size: Any = x.shape[axis]
     values = {
         "gamma": layer.gamma if layer.scale else np.ones(size, np.float32),
         "beta": layer.beta if layer.center else np.zeros(size, np.float32),
         "mean": layer.moving_mean,
         "variance": layer.moving_variance,
     }
-    inputs = [x, *(net.constant(value, name) for name, value in values.items())]
+    inputs: Inputs = [x, *(net.constant(value, name) for name, value in values.items())]
     return net.add("BatchNormalization", inputs, shape, moved=x.moved, attributes={"epsilon": float(layer.epsilon)})
 
 
@@ -86,8 +86,10 @@ def _layer_normalization(net: Network, layer: Any, shape: Shape, x: Tensor) -> T
     if axes != list(range(axes[0], x.rank)) or layer.rms_scaling:
         raise net.error("has rms_scaling or other axes than the last ones, which exported graphs do not know")
     x = net.as_in_keras(x)
-    gamma = np.ones(x.shape[axes[0] :], np.float32) if layer.gamma is None else layer.gamma
-    inputs = [x, net.constant(gamma, "gamma")] + ([] if layer.beta is None else [net.constant(layer.beta, "beta")])
+    sizes: Any = x.shape[axes[0] :]
+    inputs: Inputs = [x, net.constant(np.ones(sizes, np.float32) if layer.gamma is None else layer.gamma, "gamma")]
+    if layer.beta is not None:
+        inputs.append(net.constant(layer.beta, "beta"))
     attributes = {"axis": axes[0] - x.rank, "epsilon": float(layer.epsilon)}
     return net.add("LayerNormalization", inputs, shape, attributes=attributes)
 
@@ -118,7 +120,7 @@ def _line(net: Network, x: Tensor, factor: Any, shift: Any) -> Tensor:
     return x
 
 
-def _merged(net: Network, op: str, shape: Shape, inputs: tuple[Tensor, ...]) -> Tensor:
+def _merged(net: Network, op: str, inputs: tuple[Tensor, ...]) -> Tensor:
     """Tensors one after the other, element by element."""
     if len({x.rank for x in inputs}) != 1:
         raise net.error(f"is given tensors of {[x.rank for x in inputs]} axes; reshape them to equally many")
@@ -134,11 +136,11 @@ def _larger(a: int | None, b: int | None) -> int | None:
 
 
 def _average(net: Network, layer: Any, shape: Shape, *inputs: Tensor) -> Tensor:
-    return _line(net, _merged(net, "Add", shape, inputs), np.float32(1 / len(inputs)), np.float32(0))
+    return _line(net, _merged(net, "Add", inputs), np.float32(1 / len(inputs)), np.float32(0))
 
 
 def _elementwise(op: str) -> Writer:
-    return lambda net, layer, shape, *inputs: _merged(net, op, shape, inputs)
+    return lambda net, layer, shape, *inputs: _merged(net, op, inputs)
 
 
 def _concatenate(net: Network, layer: Any, shape: Shape, *inputs: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ def _flatten(net: Network, layer: Any, shape: Shape, x: Tensor) -> Tensor:
     return net.add("Flatten", [_in_order(net, x)], shape, attributes={"axis": 1})
 
 
-def _reshape(net: Network, layer: Any, shape: Shape, x: Tensor) -> Tensor:
+def _reshaped(net: Network, layer: Any, shape: Shape, x: Tensor) -> Tensor:
     x, sizes = _in_order(net, x), shape[1:]
     # Images of one pixel, as squeeze-and-excite makes them, are the same numbers in both layouts.
     moved = len(shape) == 4 and all(size == 1 for size in shape[1:-1])
@@ -196,7 +198,7 @@ WRITERS: Mapping[type, Writer] = MappingProxyType(
         layers.Permute: _permute,
         layers.PReLU: prelu,
         layers.Rescaling: _rescaling,
-        layers.Reshape: _reshape,
+        layers.Reshape: _reshaped,
         FakeQuantize: _fake_quantize,
         **dict.fromkeys((layers.ELU, layers.LeakyReLU, layers.ReLU, layers.Softmax), activation_layer),
         **{

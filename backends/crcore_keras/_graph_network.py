@@ -17,6 +17,7 @@ from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._layers import Kernel
 
 Shape = tuple[int | None, ...]
+Inputs = list["str | Tensor"]  # what an operator reads: constants by name, and tensors
 FLOAT = int(TensorProto.FLOAT)
 _NONE: Mapping[str, Any] = MappingProxyType({})
 

@@ -10,9 +10,11 @@ import numpy as np
 from keras import layers
 
 from crcore_keras._graph_activations import activated
-from crcore_keras._graph_network import Network, Shape, Tensor
+from crcore_keras._graph_network import Inputs, Network, Shape, Tensor
 from crcore_keras._layers import kernels_of
 
+# Subclasses of these may put zeros around what they are given, and say how many in ``explicit_padding``.
+PADDED = (layers.Conv1D, layers.Conv2D, layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 # Zeros before and after, for each axis of the image.
 Pads = Sequence[tuple[int, int]]
 
@@ -37,7 +39,7 @@ def _separable(net: Network, layer: Any, shape: Shape, x: Tensor) -> Tensor:
     """Two convolutions, and a quantizer for each."""
     depthwise, pointwise = kernels_of(layer)
     x = net.quantized(_images(net, layer, x), getattr(layer, depthwise.input_quantizer, None), net.part(depthwise))
-    inputs = [x, net.weight(layer, depthwise, _depthwise_filters, 0)]
+    inputs: Inputs = [x, net.weight(layer, depthwise, _depthwise_filters, 0)]
     attributes = _window(net, layer, x, layer.kernel_size) | {"group": _channels(x)}
     channels = None if _channels(x) is None else _channels(x) * layer.depth_multiplier
     sizes = (*shape[:-1], channels) if layer.data_format == "channels_last" else (shape[0], channels, *shape[2:])
@@ -69,7 +71,7 @@ def _convolved(
     net: Network, layer: Any, shape: Shape, x: Tensor, op: str, weight: str, attributes: Mapping[str, Any]
 ) -> Tensor:
     """A convolution with the bias and the activation of its layer."""
-    inputs = [x, weight, net.constant(layer.bias, "bias")] if layer.use_bias else [x, weight]
+    inputs: Inputs = [x, weight, net.constant(layer.bias, "bias")] if layer.use_bias else [x, weight]
     return activated(net, layer.activation, net.add(op, inputs, shape, moved=x.moved, attributes=attributes))
 
 
@@ -105,7 +107,7 @@ def _cropping(net: Network, layer: Any, shape: Shape, x: Tensor) -> Tensor:
     ends = [-after if after else np.iinfo(np.int64).max for _, after in layer.cropping]
     axes = range(2, 2 + len(starts))
     parts = {"starts": starts, "ends": ends, "axes": axes}
-    inputs = [x, *(net.constant(np.array(value, np.int64), name) for name, value in parts.items())]
+    inputs: Inputs = [x, *(net.constant(np.array(value, np.int64), name) for name, value in parts.items())]
     return net.add("Slice", inputs, shape, moved=x.moved)
 
 

@@ -59,6 +59,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             role=options.role,
             opset=options.opset,
             integer_only=options.integer_only,
+            minimum_agreement=options.minimum_agreement,
             verify=options.verify,
             data_name=options.data,
             samples=options.samples,

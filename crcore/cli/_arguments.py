@@ -6,106 +6,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from crcore.cli._errors import CommandError
+from crcore.cli._help import (
+    COMPARE,
+    COMPARE_EXAMPLES,
+    DATA_HELP,
+    EVALUATE,
+    EVALUATE_EXAMPLES,
+    EXPORT,
+    EXPORT_EXAMPLES,
+    TRAIN,
+    TRAIN_EXAMPLES,
+)
 from crcore.cli._methods import METHODS, parse_methods
 from crcore.cli._settings import BACKENDS, QUANTIZERS, VIEWS, Settings
-
-METHOD_HELP = "methods:\n" + "\n".join(f"  {method.name:17} {method.summary}" for method in METHODS.values())
-
-DATA_HELP = """\
-digits (scikit-learn's, embedded), a folder of parquet files in the Hugging Face image schema (columns img or
-image, and label; files named train-*, test-* or validation-*), a folder with one sub-folder of images for each
-class (with or without train/ and test/ above them), or the name of a data set on the Hugging Face hub
-"""
-
-COMPARE = f"""\
-Train a low-bit network in several ways and show what each gained over plain quantization-aware training (QAT).
-
-For each seed a float network is trained; every QAT method then starts from that float network, makes the same
-number of optimizer steps, sees the same augmented images in the same order, and is tested by the same code.
-
-{METHOD_HELP}
-"""
-
-COMPARE_EXAMPLES = """\
-examples:
-  crcore compare
-      the embedded digits with 200 labels and resnet8: minutes on two cores
-  crcore compare --data cifar10/ --model resnet18 --methods fp32,qat,qat+kd,qat+cr --weight-bits 4 \\
-                 --activation-bits 4 --labels 4000 --seeds 3 --epochs 60 --out runs/x
-      a folder of parquet files; stop it with Ctrl-C and continue it with the same line and --resume
-  crcore compare --model mynets:small --labels 300
-      your own function small(num_classes, in_channels) in mynets.py of the current folder
-  crcore compare --backend keras
-      the same on Keras 3; the function of a model of your own then takes (num_classes, input_shape)
-
-the output folder holds:
-  results.json                     settings, versions, and for every seed and method: accuracy and teacher_accuracy
-                                   in percent, steps, seconds, and the history by epoch
-  table.md                         mean and standard deviation, the gain over qat with its 95 % confidence interval
-  curves.png                       accuracy against epoch
-  seed0/fp32/float.safetensors     and so on: a checkpoint for each network, for `crcore evaluate` and `--init`;
-                                   float.keras with --backend keras
-"""
-
-TRAIN = f"""\
-Train one method with one seed and keep its checkpoint.
-
-{METHOD_HELP}
-"""
-
-TRAIN_EXAMPLES = """\
-examples:
-  crcore train --method qat+cr --out runs/cr
-      trains the float network first, then the 4-bit one; runs/cr/seed0/qat+cr/ holds both student and average
-  crcore train --method qat+cr --init runs/cr/seed0/fp32/float.safetensors --weight-bits 3 --out runs/cr3
-      starts from a float network that is there already
-"""
-
-EVALUATE = """\
-Measure the accuracy of a checkpoint, or of a file that crcore export wrote, on test images. Model, recipe and
-normalization are read from the file; a --model, --quantizer, --weight-bits or --activation-bits that is given is
-checked against it. A .onnx file runs in ONNX Runtime, a .tflite file in LiteRT, both on the CPU.
-"""
-
-EVALUATE_EXAMPLES = """\
-examples:
-  crcore evaluate runs/x/seed0/qat+cr/student.safetensors
-  crcore evaluate runs/x/seed0/qat+cr/teacher.safetensors --data cifar10/ --json
-  crcore evaluate runs/x/seed0/qat+cr/teacher.onnx
-"""
-
-EXPORT = """\
-Write a trained network for a runtime: its integers, scales and zero points as they were trained, nothing recomputed.
-
-  onnx          for ONNX Runtime: batch normalization folded, weights of 3 and 4 bits stored as int4, of 1 and 2 bits
-                as int2. pip install 'crcore[onnx]'
-  litert        for LiteRT: int8 from input to output; weights take 8 bits whatever their width.
-                pip install 'crcore[litert]'
-  safetensors   no runtime: the integers packed to their bits, to be stored, and read by load_quantized
-
-RUN is a checkpoint (.safetensors or .keras), or the folder of a method, of a seed, or of a whole run if it holds one
-quantized network. The file is run before it is put in place: it must hold the trained integers and name the same class
-as the trained network on 99.5 % of the images, or nothing is written.
-"""
-
-EXPORT_EXAMPLES = """\
-examples:
-  crcore export runs/x/seed0/qat+cr --to onnx --verify
-      writes runs/x/seed0/qat+cr/teacher.onnx, and compares it with the trained network on all test images
-  crcore export runs/x/seed0/qat+cr --role student --to safetensors
-      writes runs/x/seed0/qat+cr/student-packed.safetensors
-  crcore export runs/keras/seed0/qat/student.keras --to litert --out phone.tflite
-      a network that was trained with Keras, on whichever engine; one of PyTorch goes the same way
-  crcore export runs/x/seed0/qat --to onnx --opset 20
-      for a runtime that does not know int4 yet: the same integers in 8 bits each
-
-what --verify prints (--json has the same numbers):
-  accuracy             of the file and of the trained network, in percent of the test images
-  same class           how often both name the same class
-  largest difference   of the outputs, in steps of an 8-bit output
-  layers as trained    whose integers, and whose input's scale and zero point, are the trained ones
-  size, latency        beside the same network in float, in the same runtime, one image on one thread
-"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -330,8 +243,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=512,
         metavar="N",
-        help="training images on which a file is checked before it is put in place, and from which the ranges come that "
-        "training gave none",
+        help="training images that a file must pass before it is put in place; ranges that training did not give are "
+        "taken from them",
     )
     parser.add_argument(
         "--opset",
@@ -345,6 +258,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="ONNX: 8 bits for sums and pooled maps too, so that integer kernels run from end to end; default: yes "
         "where every trained activation has 8 bits",
+    )
+    parser.add_argument(
+        "--minimum-agreement",
+        type=float,
+        default=99.5,
+        metavar="X",
+        help="percent of the images on which the file must name the class that the trained network names",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -115,11 +115,12 @@ class Backend(Protocol):
         metadata: dict[str, Any],
         opset: int | None,
         integer_only: bool | None,
+        minimum_agreement: float,
     ) -> "Verification":
         """Write a quantized network for the runtime of the file's ending, and prove it there.
 
         `images` are normalised views ``[N, C, H, W]``: ranges are taken from them, and the proof is made on them.
-        `opset` and `integer_only` are for ONNX.
+        `opset` and `integer_only` are for ONNX; `minimum_agreement` is in percent of the images.
         """
         ...
 

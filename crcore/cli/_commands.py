@@ -1,4 +1,4 @@
-"""The commands compare, train and evaluate; export is in `_export.py`. Their arguments are checked in `_arguments.py`."""
+"""The commands compare, train and evaluate. Their arguments are checked in `_arguments.py`."""
 
 import json
 import sys

@@ -77,12 +77,14 @@ class KerasBackend:
         metadata: dict[str, Any],
         opset: int | None,
         integer_only: bool | None,
+        minimum_agreement: float,
     ) -> "Verification":
         """`crcore_keras.export_onnx` or `export_litert`."""
         sample = channels_last(images)
+        common: dict[str, Any] = {"metadata": metadata, "minimum_agreement": minimum_agreement}
         if path.suffix == ".tflite":
-            return crk.export_litert(network, sample, path, metadata=metadata)
-        return crk.export_onnx(network, sample, path, opset=opset, integer_only=integer_only, metadata=metadata)
+            return crk.export_litert(network, sample, path, **common)
+        return crk.export_onnx(network, sample, path, opset=opset, integer_only=integer_only, **common)
 
     def verify(self, network: Any, path: Path, images: torch.Tensor, labels: torch.Tensor) -> "Verification":
         """`crcore_keras.verify`."""

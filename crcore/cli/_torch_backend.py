@@ -84,11 +84,13 @@ class TorchBackend:
         metadata: dict[str, Any],
         opset: int | None,
         integer_only: bool | None,
+        minimum_agreement: float,
     ) -> "Verification":
         """`crcore_torch.export_onnx` or `export_litert`."""
+        common: dict[str, Any] = {"metadata": metadata, "minimum_agreement": minimum_agreement}
         if path.suffix == ".tflite":
-            return crt.export_litert(network, images, path, metadata=metadata)
-        return crt.export_onnx(network, images, path, opset=opset, integer_only=integer_only, metadata=metadata)
+            return crt.export_litert(network, images, path, **common)
+        return crt.export_onnx(network, images, path, opset=opset, integer_only=integer_only, **common)
 
     def verify(self, network: nn.Module, path: Path, images: Tensor, labels: Tensor) -> "Verification":
         """`crcore_torch.verify`."""

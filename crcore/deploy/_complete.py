@@ -27,6 +27,8 @@ PASSIVE = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Squeeze", "Trans
 _ACTIVATIONS = ("Relu", "Clip")
 _ELEMENTWISE = ("Add", "Mul", "Sub", "Concat", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu")
 _POOLS = ("GlobalAveragePool", "AveragePool")
+# Without an integer kernel in ONNX Runtime, which computes matrix products with float results: there they stay in float.
+_LITERT = ("Gelu", "Tanh")
 _FIXED = ("Sigmoid", "Softmax")  # values in [0, 1); integer kernels insist on a scale of 1 / 256
 _BATCH = 32
 
@@ -56,30 +58,30 @@ def fits_byte(quantizer: Node) -> bool:
     return quantizer.attributes["hi"] - quantizer.attributes["lo"] <= _STEPS and not quantizer.attributes.get("binary")
 
 
-def complete(graph: Graph, sample: Mapping[str, Any], *, outputs: bool) -> None:
+def complete(graph: Graph, sample: Mapping[str, Any], *, entire: bool) -> None:
     """Insert 8-bit quantizers where integer kernels need them, in place.
 
     Args:
         graph: folded.
         sample: what the network takes, by input name.
-        outputs: whether the network's outputs get a grid too.
+        entire: whether the network's outputs get a grid too, and operators for which LiteRT alone has integer kernels.
     """
-    region = _integer_region(graph, outputs)
+    region = _integer_region(graph, (*_ELEMENTWISE, *_POOLS, *_FIXED, *(_LITERT if entire else ())))
     results = {_result(graph, node): node.op in _FIXED for node in region}
     sources = [name for name in graph.inputs if _is_used_by(graph, name, region)]
     ranges = _ranges(graph, [*sources, *results], sample)
     for tensor, fixed in {**dict.fromkeys(sources, False), **results}.items():
-        _quantize(graph, tensor, ranges[tensor], fixed=fixed, outputs=outputs)
+        _quantize(graph, tensor, ranges[tensor], fixed=fixed, outputs=entire)
     _make_room_for_biases(graph)
 
 
-def _integer_region(graph: Graph, outputs: bool) -> list[Node]:
+def _integer_region(graph: Graph, operators: tuple[str, ...]) -> list[Node]:
     """The operators that can compute with integers: their inputs come from such, and such read their results.
 
     A sum that a layer normalization reads, for instance, is better left in float, with what leads to it.
     """
     makers, readers = graph.makers(), graph.readers()
-    region = {id(node) for node in graph.nodes if _can_be_integer(graph, node, makers)}
+    region = {id(node) for node in graph.nodes if _can_be_integer(graph, node, operators, makers)}
     parts = {id(node) for node in graph.nodes if node.op in PASSIVE or _belongs(graph, node, makers)}
     while True:
         leaving = {
@@ -96,9 +98,9 @@ def _integer_region(graph: Graph, outputs: bool) -> list[Node]:
         region -= leaving
 
 
-def _can_be_integer(graph: Graph, node: Node, makers: Mapping[str, Node]) -> bool:
+def _can_be_integer(graph: Graph, node: Node, operators: tuple[str, ...], makers: Mapping[str, Node]) -> bool:
     if node.op not in LINEAR:
-        return node.op in (*_ELEMENTWISE, *_POOLS, *_FIXED) and not _belongs(graph, node, makers)
+        return node.op in operators and not _belongs(graph, node, makers)
     data, weight = makers.get(node.inputs[0]), makers.get(node.inputs[1])
     return data is not None and data.is_quantizer and weight is not None and weight.is_weight and fits_byte(data)
 
@@ -275,15 +277,13 @@ def _ranges(graph: Graph, tensors: list[str], sample: Mapping[str, Any]) -> dict
     """The smallest and the largest value of each tensor, as the trained network computes on the sample."""
     model = expanded(graph.to_model())
     wanted = [name for name in dict.fromkeys(tensors) if name not in graph.inputs]
-    if not tensors:
-        return {}
     known = {value.name for value in model.graph.output}
     model.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in wanted if name not in known
     )
-    session = float_session(model)
     found = {name: (float(sample[name].min()), float(sample[name].max())) for name in tensors if name in graph.inputs}
-    size = min(len(array) for array in sample.values())
+    size = min(len(array) for array in sample.values()) if wanted else 0
+    session = float_session(model) if wanted else None
     for start in range(0, size, _BATCH):
         batch = {name: array[start : start + _BATCH] for name, array in sample.items()}
         for name, value in zip(wanted, session.run(wanted, batch), strict=True):

@@ -75,7 +75,7 @@ def write_litert(
 ) -> Verification:
     """The same for LiteRT, in integers from input to output; ``path`` ends in ``.tflite``."""
     _check_path(path, ".tflite")
-    written = to_litert(prepared_graph(graph, sample, outputs=True))
+    written = to_litert(prepared_graph(graph, sample, entire=True))
     if metadata is not None:
         written = with_metadata(written, json.dumps(metadata, sort_keys=True))
     return _write(written, graph, sample, Path(path), expected, labels, minimum_agreement, ())
@@ -118,8 +118,9 @@ def _write(
     with replaced(path) as temporary:
         temporary.write_bytes(content)
         found = verify_file(graph, sample, temporary, expected=expected, labels=labels)
+        found = replace(found, path=str(path), notices=notices)
         found.check(minimum_agreement)
-    return replace(found, path=str(path), notices=notices)
+    return found
 
 
 def _check_path(path: str | os.PathLike[str], suffix: str) -> None:
@@ -138,5 +139,7 @@ def check_sample(sample: Mapping[str, Any], labels: Any) -> None:
             f"sample must hold a batch of inputs [N, ...], of the same N; got N = {sizes}; a few hundred real inputs, "
             "prepared as in training, give good ranges"
         )
+    if not all(np.isfinite(array).all() for array in sample.values()):
+        raise CRCoreError("sample holds NaN or infinity; give real inputs, prepared as in training")
     if labels is not None and np.shape(labels) != (next(iter(sizes.values())),):
         raise CRCoreError(f"labels must have the shape ({next(iter(sizes.values()))},), got {np.shape(labels)}")

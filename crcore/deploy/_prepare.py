@@ -13,7 +13,7 @@ from crcore.deploy._graph import Graph
 
 
 def prepared_graph(
-    model: onnx.ModelProto, sample: Mapping[str, Any], *, integer_only: bool = True, outputs: bool = False
+    model: onnx.ModelProto, sample: Mapping[str, Any], *, integer_only: bool = True, entire: bool = False
 ) -> onnx.ModelProto:
     """Fold a marker graph, and give what training left in float a grid of 8 bits where integer kernels need one.
 
@@ -21,7 +21,7 @@ def prepared_graph(
         model: from a backend.
         sample: arrays ``[N, ...]`` by input name; the ranges are taken from them.
         integer_only: whether sums, pooled maps and the like get grids.
-        outputs: whether the network's outputs get grids as well.
+        entire: whether integers are to flow from input to output, as LiteRT has it: outputs get grids as well.
 
     Raises:
         CRCoreError: the network gives NaN or infinity on the sample.
@@ -29,7 +29,7 @@ def prepared_graph(
     graph = Graph(model)
     fold(graph)
     if integer_only:
-        complete(graph, sample, outputs=outputs)
+        complete(graph, sample, entire=entire)
     return graph.to_model()
 
 

@@ -62,9 +62,10 @@ class Verification:
         if not self.agreement >= minimum_agreement:
             where = f"; first differs {self.first_difference}" if self.first_difference else ""
             raise CRCoreError(
-                f"{self.path} agrees with the trained network on the class of {self.agreement:.2f} % of {self.samples} "
+                f"{self.path} agrees with the trained network on the class of {self.agreement:.3f} % of {self.samples} "
                 f"inputs, and {minimum_agreement:g} % are required{where}; a larger sample of real inputs gives better "
-                "ranges, and integer_only=False (ONNX) leaves in float what training left in float"
+                "ranges, integer_only=False (ONNX) leaves in float what training left in float, and minimum_agreement "
+                "can be lowered for a network that is unsure of its classes"
             )
 
     def table(self) -> str:

@@ -26,7 +26,9 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"]]
+)
 def test_help_needs_no_heavy_package(arguments: list[str]) -> None:
     script = (
         "import sys\nfrom crcore.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"

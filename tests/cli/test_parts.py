@@ -143,3 +143,15 @@ def test_progress_round_trip_restores_momentum(tmp_path: Path) -> None:
     steps(model, optimizer)
     steps(other, other_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path) -> None:
+    def write_half(path):
+        with put_in_place(path, ending=".keras") as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match="No space"):
+        write_half(tmp_path / "file")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]

@@ -199,7 +199,7 @@ def test_a_sum_that_a_float_operator_reads_stays_in_float():
 def test_outputs_get_a_grid_only_where_asked_for():
     make = GraphMaker({"x": (10,)})
     model, sample = make.model(make.gemm(make.signed("x", 0.03), 10, 4)), make.sample()
-    without, with_grid = (deploy.prepared_graph(model, sample, outputs=outputs) for outputs in (False, True))
+    without, with_grid = (deploy.prepared_graph(model, sample, entire=entire) for entire in (False, True))
     assert operators(without)[-1] == "Gemm"
     assert operators(with_grid)[-1] == "FakeQuantize"
     assert [v.name for v in with_grid.graph.output] == [v.name for v in model.graph.output]
@@ -223,7 +223,7 @@ def test_a_sample_on_which_the_network_overflows_is_refused():
     make = GraphMaker({"x": (10,)})
     model = make.model(make.gemm(make.signed("x", 0.03), 10, 4))
     with pytest.raises(deploy.CRCoreError, match="NaN or infinity on the sample"):
-        deploy.prepared_graph(model, {"x": np.full((2, 10), np.nan, np.float32)}, outputs=True)
+        deploy.prepared_graph(model, {"x": np.full((2, 10), np.nan, np.float32)}, entire=True)
 
 
 @st.composite

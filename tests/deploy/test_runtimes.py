@@ -46,7 +46,7 @@ def folder(graph: onnx.ModelProto, sample: Any, tmp_path_factory: pytest.TempPat
     onnx.helper.set_model_props(written, {"crcore": text})
     (out / "net.onnx").write_bytes(written.SerializeToString())
     (out / "float.onnx").write_bytes(float_twin(graph).SerializeToString())
-    tflite = to_litert(prepared_graph(graph, {"image": sample}, outputs=True))
+    tflite = to_litert(prepared_graph(graph, {"image": sample}, entire=True))
     (out / "net.tflite").write_bytes(with_metadata(tflite, text))
     (out / "float.tflite").write_bytes(
         to_litert(float_twin(prepared_graph(graph, {"image": sample}, integer_only=False)))
@@ -89,7 +89,7 @@ def test_litert_rounds_its_input_half_to_even_as_training_does(tmp_path: Path) -
     weight = make.weight(100 * np.eye(4, dtype=np.int8), 0.01, layer="only")
     graph = make.model(make.node("MatMul", x, weight))
     ties = np.array([[0.25, 0.75, -0.25, -0.75], [60.0, -60.0, 63.5, -64.0]], np.float32)
-    (tmp_path / "net.tflite").write_bytes(to_litert(prepared_graph(graph, {"x": ties}, outputs=True)))
+    (tmp_path / "net.tflite").write_bytes(to_litert(prepared_graph(graph, {"x": ties}, entire=True)))
     found = open_runtime(tmp_path / "net.tflite").run(ties)
     np.testing.assert_allclose(found, [[0.0, 1.0, 0.0, -1.0], [60.0, -60.0, 63.5, -64.0]], atol=0.26)
 

@@ -70,7 +70,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     sample = {"image": sample["image"][clear]}
     folder = tmp_path_factory.mktemp("exported")
     (folder / "net.onnx").write_bytes(to_onnx(prepared_graph(graph, sample))[0].SerializeToString())
-    (folder / "net.tflite").write_bytes(to_litert(prepared_graph(graph, sample, outputs=True)))
+    (folder / "net.tflite").write_bytes(to_litert(prepared_graph(graph, sample, entire=True)))
     (folder / "float.onnx").write_bytes(float_twin(graph).SerializeToString())
     expected = computed(graph, sample)
     assert len(set(expected.argmax(axis=1).tolist())) == 10, "agreement says nothing of a network with one answer"
@@ -131,9 +131,17 @@ def one_more(codes: Any) -> Any:
     return codes
 
 
+def exchanged(codes: Any) -> Any:
+    """Two weights in each other's place: the same integers in another order."""
+    other = int((np.abs(codes.ravel()) != abs(codes.flat[0])).argmax())
+    codes.flat[0], codes.flat[other] = codes.flat[other], codes.flat[0]
+    return codes
+
+
+@pytest.mark.parametrize("change", [one_more, exchanged])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_weight_that_is_off_by_one_is_named(exported: Exported, layer: str) -> None:
-    found = exported.verified(broken_onnx(exported, **{f"{layer}__codes": one_more}))
+def test_a_weight_that_is_another_is_named(exported: Exported, layer: str, change: Callable[[Any], Any]) -> None:
+    found = exported.verified(broken_onnx(exported, **{f"{layer}__codes": change}))
     assert found.differing_layers == (layer,)
     with pytest.raises(CRCoreError, match=f"1 of 4 layers differ .* first '{layer}'"):
         found.check()
@@ -201,11 +209,14 @@ def weight_of(model: Any, graph: Any, layer: int) -> tuple[Any, Any]:
     return found[layer]
 
 
+@pytest.mark.parametrize("change_codes", [one_more, exchanged])
 @pytest.mark.parametrize(("number", "layer"), [(0, "stem"), (1, "mid"), (2, "late"), (-1, "classifier")])
-def test_a_weight_that_is_off_by_one_is_named_in_litert(exported: Exported, number: int, layer: str) -> None:
+def test_a_weight_that_is_another_is_named_in_litert(
+    exported: Exported, number: int, layer: str, change_codes: Callable[[Any], Any]
+) -> None:
     def change(model: Any, graph: Any) -> None:
         buffer = model.buffers[weight_of(model, graph, number)[1].buffer]
-        buffer.data = one_more(np.array(buffer.data).view(np.int8)).view(np.uint8)
+        buffer.data = change_codes(np.array(buffer.data).view(np.int8)).view(np.uint8)
 
     assert exported.verified(broken_litert(exported, change)).differing_layers == (layer,)
 

@@ -38,7 +38,7 @@ from crcore.cli._keras_models import build_model
 EIGHT = cr.Recipe(cr.LSQ(8, per_channel=True), cr.LSQ(8))
 WEIGHTS_ONLY = cr.Recipe(cr.LSQ(8, per_channel=True), None)
 # Compiling a network of this size takes half a minute on JAX.
-LARGE = [] if keras.backend.backend() == "jax" else ["mobilenetv2", "MobileNetV2", "EfficientNetB0"]
+LARGE = ["MobileNetV2"] if keras.backend.backend() == "jax" else ["mobilenetv2", "MobileNetV2", "EfficientNetB0"]
 
 
 def vision() -> Any:
@@ -60,10 +60,10 @@ def vision() -> Any:
     x = layers.BatchNormalization(center=False, scale=False)(layers.Multiply()([x, excited]))
     x = layers.SeparableConv2D(6, 3, strides=2, depth_multiplier=2, padding="same")(x)  # 2 x 2
     x = layers.Conv2DTranspose(6, 3, strides=2, padding="same", activation="leaky_relu")(x)  # 4 x 4
-    x = layers.Cropping2D(((0, 1), (1, 0)))(layers.Conv2DTranspose(4, 2, strides=3)(x))  # 11 x 11
+    x = cropped = layers.Cropping2D(((0, 1), (1, 0)))(layers.Conv2DTranspose(4, 2, strides=3)(x))  # 11 x 11
     x = layers.LayerNormalization()(layers.UpSampling2D((2, 1))(x))  # 22 x 11
     x = layers.Add()([layers.Permute((2, 1, 3))(x), layers.Dense(4)(layers.Reshape((11, 22, 4))(x))])
-    x = layers.Concatenate()([layers.Flatten()(x), layers.GlobalMaxPooling2D()(x)])
+    x = layers.Concatenate()([layers.Flatten()(cropped), layers.Flatten()(x), layers.GlobalMaxPooling2D()(x)])
     return keras.Model(inputs, layers.Dense(3, activation="softmax")(layers.Dropout(0.5)(x)), name="vision")
 
 
@@ -72,7 +72,7 @@ def sequence() -> Any:
     x = layers.Embedding(11, 8)(inputs := keras.Input((5,), dtype="int32", name="tokens"))
     x = layers.BatchNormalization()(layers.Conv1D(8, 3, padding="causal", dilation_rate=2, activation="tanh")(x))
     x = layers.LayerNormalization(center=False)(layers.Add()([x, layers.Dense(8, "gelu")(x)]))
-    x = layers.EinsumDense("abc,cd->abd", (None, 6), bias_axes="d", activation="elu")(x)
+    x = layers.EinsumDense("abc,cd->abd", (5, 6), bias_axes="d", activation="elu")(x)
     x = layers.MaxPooling1D(2, padding="same")(layers.SeparableConv1D(6, 2)(x))
     pooled = [layers.GlobalAveragePooling1D()(x), layers.GlobalMaxPooling1D(keepdims=True)(x)]
     x = layers.Subtract()([pooled[0], layers.Flatten()(pooled[1])])
@@ -113,9 +113,11 @@ NETWORKS: dict[str, Any] = {
 
 
 def settled(model: Any, x: np.ndarray) -> Any:
-    """A calibrated model whose normalizations have statistics, factors and shifts like those of a trained one."""
+    """A calibrated model whose normalizations have factors, and the statistics of ``x``, which nothing drops out of."""
     rng = np.random.default_rng(0)
     for layer in model._flatten_layers():
+        if isinstance(layer, layers.Dropout):
+            layer.rate = 0.0
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = 0.0
             for variable in [*layer.trainable_variables]:
@@ -157,14 +159,15 @@ def test_the_graph_computes_what_the_model_does(name):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_networks_have_a_graph(name):
-    x = 100.0 * np.abs(random(4, 32, 32, 3))
+    x = 100.0 * np.abs(random(16, 32, 32, 3))
     if name == "mobilenetv2":
         model = build_model(name, num_classes=5, in_channels=3, size=(32, 32))
     else:
         model = getattr(applications, name)(
             input_shape=(32, 32, 3), weights=None, classes=5, classifier_activation=None
         )
-    converted = crk.convert(settled(crk.prepare(model, EIGHT, inplace=True), x))
+    student = settled(crk.prepare(model, EIGHT, inplace=True), x)
+    converted = crk.convert(student)
     graph = marker_graph(converted)
     names = [given["layer"].decode() for given, _ in markers(graph, deploy.INTEGER_WEIGHT)]
     assert sorted(names) == sorted(quantized(converted))
@@ -172,11 +175,21 @@ def test_large_networks_have_a_graph(name):
     assert np.isfinite(computed(graph, x)).all()
 
     # Without rounding, since what falls the other way at a tie grows from layer to layer of an untrained network.
-    for quantizer in quantizers(converted):
-        quantizer.enabled = False
+    switch(student, False)
+    student(x, training=True)  # for statistics without rounding
+    switch(student, True)
+    converted = crk.convert(student)
+    switch(converted, False)
     expected = converted.predict(x, verbose=0)
     found = computed(marker_graph(converted), x)
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def switch(model: Any, on: bool) -> None:
+    """Let activations be rounded, or not."""
+    for quantizer in quantizers(model):
+        if quantizer.role == "activation":
+            quantizer.enabled = on
 
 
 QUANTIZERS = {
@@ -247,14 +260,6 @@ def test_a_model_that_is_called_twice_is_written_twice_with_one_weight():
     np.testing.assert_allclose(computed(graph, *x), numbers(converted(x)), rtol=1e-5, atol=1e-6)
 
 
-def test_images_are_transposed_once_where_they_come_in():
-    converted = crk.convert(settled(crk.prepare(resnet8(), EIGHT), random(2, 16, 16, 3)))
-    graph = marker_graph(converted).graph
-    assert [size.dim_param or size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == ["N", 16, 16, 3]
-    assert [node.op_type for node in graph.node].count("Transpose") == 1
-    assert (graph.node[0].op_type, list(graph.node[0].input)) == ("Transpose", ["image"])
-
-
 def test_maps_leave_in_the_layout_of_keras():
     model = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(5, 3, strides=2)])
     student = crk.prepare(model, WEIGHTS_ONLY)
@@ -263,6 +268,29 @@ def test_maps_leave_in_the_layout_of_keras():
     found = computed(marker_graph(converted), images())
     assert found.shape == (4, 3, 3, 5)
     np.testing.assert_allclose(found, numbers(converted(images())), rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_and_an_output_given_twice_are_outputs_of_their_own():
+    y = layers.Dense(3)(inputs := keras.Input((6,), name="inputs"))
+    student = crk.prepare(keras.Model(inputs, [y, inputs, y]), WEIGHTS_ONLY)
+    student(vectors(), training=True)
+    model = deploy.expanded(marker_graph(crk.convert(student)))
+    assert len({"inputs", *(each.name for each in model.graph.output)}) == 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    first, second, third = session.run(None, {"inputs": vectors()})
+    np.testing.assert_array_equal(second, vectors())
+    np.testing.assert_array_equal(third, first)
+
+
+def test_images_of_bytes_are_taken(tmp_path):
+    x = layers.Rescaling(1 / 255)(inputs := keras.Input((8, 8, 3), dtype="uint8", name="pixels"))
+    student = crk.prepare(keras.Model(inputs, layers.Flatten()(layers.Conv2D(2, 8)(x))), EIGHT)
+    bytes_ = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)).astype("uint8")
+    student(bytes_, training=True)
+    result = crk.export_onnx(student, bytes_, tmp_path / "net.onnx", minimum_agreement=95)
+    assert result.differing_layers == ()
+    with pytest.raises(cr.CRCoreError, match="'pixels' takes uint8"):
+        crk.export_onnx(student, bytes_ - 0.5, tmp_path / "net.onnx")
 
 
 def test_images_of_any_size_are_taken_where_padding_allows():
@@ -300,7 +328,25 @@ def test_layers_left_in_float_are_constants():
 
 
 def resnet8() -> Any:
-    return build_model("resnet8", num_classes=3, in_channels=3, size=(16, 16))
+    model = build_model("resnet8", num_classes=3, in_channels=3, size=(16, 16))
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.5  # for the few steps of a test
+    return model
+
+
+def residual() -> Any:
+    """Images [N, 8, 8, 3] to three classes: a residual and a depthwise convolution, normalized with momentum 0.5."""
+
+    def conv(x: Any, kind: Any, *options: Any) -> Any:
+        x = kind(*options, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization(momentum=0.5)(x)
+
+    inputs = keras.Input((8, 8, 3))
+    x = layers.ReLU()(conv(inputs, layers.Conv2D, 8, 3, 2))
+    x = layers.ReLU()(layers.Add()([x, conv(x, layers.Conv2D, 8, 3)]))
+    x = layers.ReLU(6.0)(conv(x, layers.DepthwiseConv2D, 3))
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)), name="residual")
 
 
 def pictures(n: int, *sizes: int, seed: int = 0) -> np.ndarray:
@@ -312,12 +358,19 @@ def pictures(n: int, *sizes: int, seed: int = 0) -> np.ndarray:
 def student() -> Any:
     """A trained convolutional network of images [N, 8, 8, 3]."""
     keras.utils.set_random_seed(0)
-    return trained(crk.prepare(convnet(), EIGHT), pictures(48, 8, 8, 3), steps=12)
+    return trained(crk.prepare(residual(), EIGHT), pictures(48, 8, 8, 3), steps=15)
 
 
 @pytest.fixture(scope="module")
 def sample() -> np.ndarray:
     return pictures(96, 8, 8, 3, seed=5)
+
+
+def test_images_are_transposed_once_where_they_come_in(student):
+    graph = marker_graph(crk.convert(student)).graph
+    assert [size.dim_param or size.dim_value for size in graph.input[0].type.tensor_type.shape.dim] == ["N", 8, 8, 3]
+    assert [node.op_type for node in graph.node].count("Transpose") == 1
+    assert (graph.node[0].op_type, list(graph.node[0].input)) == ("Transpose", [graph.input[0].name])
 
 
 def test_a_trained_network_runs_in_onnxruntime(student, sample, tmp_path):
@@ -354,8 +407,8 @@ def test_a_trained_network_runs_in_litert(student, sample, tmp_path):
 
 def test_the_networks_of_the_command_are_exported_with_the_padding_of_torch(tmp_path):
     x = pictures(48, 16, 16, 3)
-    student = trained(crk.prepare(resnet8(), EIGHT), x, steps=4)
-    result = crk.export_onnx(student, x, tmp_path / "net.onnx", minimum_agreement=95)
+    student = trained(crk.prepare(resnet8(), EIGHT), x, steps=10)
+    result = crk.export_onnx(student, x, tmp_path / "net.onnx")
     assert result.differing_layers == ()
     pads = {
         node.name: list(onnx.helper.get_attribute_value(attribute))
@@ -367,9 +420,7 @@ def test_the_networks_of_the_command_are_exported_with_the_padding_of_torch(tmp_
 
 
 def test_the_average_of_a_consistency_model_is_exported(tmp_path):
-    recipe = cr.Recipe(
-        cr.LSQ(8), cr.LSQ(8), consistency=cr.Consistency(cr.kl_divergence, weight=1.0), ema=cr.EMA(decay=0.5)
-    )
+    recipe = cr.Recipe(cr.LSQ(8), cr.LSQ(8), ema=cr.EMA(decay=0.5))
     both = trained(crk.ConsistencyModel(crk.prepare(mlp(), recipe), recipe), pictures(48, 6), steps=12)
     x = pictures(48, 6, seed=5)
     result = crk.export_onnx(both, {both.student.inputs[0].name: x}, tmp_path / "net.onnx", minimum_agreement=90)
@@ -387,6 +438,11 @@ def test_the_average_of_a_consistency_model_is_exported(tmp_path):
 class Doubled(layers.Dense):
     def call(self, inputs: Any) -> Any:
         return 2.0 * super().call(inputs)
+
+
+@keras.saving.register_keras_serializable("test_export")
+class Padded(Doubled):
+    explicit_padding = ((1, 1),)
 
 
 @keras.saving.register_keras_serializable("test_export")
@@ -416,6 +472,7 @@ def behind_dense(*more: Any) -> Any:
 REFUSED = {
     "kind": (lambda: behind_dense(layers.Reshape((2, 4)), layers.GroupNormalization(2, name="odd")), "no form"),
     "subclass": (lambda: behind_dense(Doubled(3, name="odd")), "explicit_padding"),
+    "padding of no convolution": (lambda: behind_dense(Padded(3, name="odd")), "explicit_padding"),
     "activation": (lambda: behind_dense(layers.Dense(3, "log_softmax", name="odd")), "'log_softmax'.*relu6"),
     "relu": (lambda: behind_dense(layers.ReLU(threshold=0.5, name="odd")), "threshold"),
     "equation": (
