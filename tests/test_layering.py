@@ -37,8 +37,13 @@ MAY_IMPORT = {
 FORMULAS = {
     "rounding to a grid": (
         {"round", "round_", "rint", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine", "hardtanh"},
-        # The reference, and the fused kernels that the conformance kit holds to it.
-        ("crcore/_quantizers/", "backends/crcore_torch/_kernels.py", "backends/crcore_keras/_kernels.py"),
+        # The reference, the fused kernels that the conformance kit holds to it, and the biases of exported files.
+        (
+            "crcore/_quantizers/",
+            "backends/crcore_torch/_kernels.py",
+            "backends/crcore_keras/_kernels.py",
+            "crcore/deploy/_qdq.py",
+        ),
     ),
     "softmax and what is made of it": (
         {"softmax", "log_softmax", "kl_div", "logsumexp", "logaddexp", "exp"},
@@ -80,11 +85,11 @@ def core_imports_only_numpy(source: str) -> list[str]:
     return [
         module
         for module in imported(ast.parse(source))
-        if top(module) not in STANDARD | {"numpy", "crcore"} or re.match(r"crcore[.:](cli|testing)\b", module)
+        if top(module) not in STANDARD | {"numpy", "crcore"} or re.match(r"crcore[.:](cli|testing|deploy)\b", module)
     ]
 
 
-@named(sources(CORE, without=("crcore/cli/", "crcore/testing/")))
+@named(sources(CORE, without=("crcore/cli/", "crcore/testing/", "crcore/deploy/")))
 def test_the_core_imports_the_standard_library_and_numpy(path: Path) -> None:
     assert core_imports_only_numpy(path.read_text()) == []
 
@@ -98,6 +103,7 @@ def test_the_core_imports_the_standard_library_and_numpy(path: Path) -> None:
         "import importlib\nimportlib.import_module('scipy.special')",
         "from crcore.testing import lattice_inputs",
         "from crcore import cli",
+        "from crcore.deploy import to_onnx",
         "import hypothesis",
     ],
 )
@@ -117,7 +123,7 @@ def run_without_frameworks(statement: str) -> subprocess.CompletedProcess[str]:
         import numpy
         sys.meta_path.insert(0, Refuse())
         {statement}
-        assert not any(m.startswith(("crcore.testing", "crcore.cli")) for m in sys.modules), "too much is imported"
+        assert not any(m.startswith(("crcore.testing", "crcore.cli", "crcore.deploy")) for m in sys.modules), "too much is imported"
     """
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
@@ -459,7 +465,7 @@ def test_renaming_elsewhere_is_noticed(offence: str) -> None:
 def test_the_core_calls_only_what_its_namespace_lists() -> None:
     called = {
         node.attr
-        for path in sources(CORE, without=("crcore/cli/", "crcore/testing/"))
+        for path in sources(CORE, without=("crcore/cli/", "crcore/testing/", "crcore/deploy/"))
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "xp"
     }

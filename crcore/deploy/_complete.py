@@ -27,7 +27,7 @@ PASSIVE = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Squeeze", "Trans
 _ACTIVATIONS = ("Relu", "Clip")
 _ELEMENTWISE = ("Add", "Mul", "Sub", "Concat", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu")
 _POOLS = ("GlobalAveragePool", "AveragePool")
-# Without an integer kernel in ONNX Runtime, which computes matrix products with float results: there they stay in float.
+# Without an integer kernel in ONNX Runtime, where they stay in float, as do the matrix products that they read.
 _LITERT = ("Gelu", "Tanh")
 _FIXED = ("Sigmoid", "Softmax")  # values in [0, 1); integer kernels insist on a scale of 1 / 256
 _BATCH = 32
@@ -286,7 +286,8 @@ def _ranges(graph: Graph, tensors: list[str], sample: Mapping[str, Any]) -> dict
     session = float_session(model) if wanted else None
     for start in range(0, size, _BATCH):
         batch = {name: array[start : start + _BATCH] for name, array in sample.items()}
-        for name, value in zip(wanted, session.run(wanted, batch), strict=True):
+        values = [] if session is None else session.run(wanted, batch)
+        for name, value in zip(wanted, values, strict=True):
             low, high = found.get(name, (np.inf, -np.inf))
             found[name] = min(low, float(value.min())), max(high, float(value.max()))
     bad = [name for name, ends in found.items() if not np.isfinite(ends).all()]

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 
 from crcore import CRCoreError
+
+_LARGEST = 2**31  # elements of one tensor: what a file asks for is allocated before anything is looked at
 
 
 def onnx_model(path: Path, content: bytes) -> onnx.ModelProto:
@@ -64,6 +67,10 @@ def litert_interpreter(path: Path, content: bytes, **options: Any) -> Any:
         model = schema.Model.GetRootAs(content, 0)
         if not (model.SubgraphsLength() and model.BuffersLength() and model.OperatorCodesLength()):
             raise ValueError("it holds no network")
+        graph = model.Subgraphs(0)
+        sizes = (graph.Tensors(i).ShapeAsNumpy() for i in range(graph.TensorsLength()))
+        if any(np.prod(size, dtype=np.float64) > _LARGEST for size in sizes):
+            raise ValueError(f"it has a tensor of more than {_LARGEST} elements")
         with quiet():
             interpreter = Interpreter(model_content=content, **options)
             interpreter.allocate_tensors()

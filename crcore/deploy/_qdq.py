@@ -133,8 +133,8 @@ def _finer_steps(graph: Graph) -> dict[str, int]:
 
     The kernel adds the bias in steps of ``scale of x * scale of w``, which are coarse where both have few bits: to
     round the bias to them would move one output code in a hundred. With codes a whole factor larger, and a scale as
-    much smaller, the weights are the same and the steps finer. The factor keeps codes within int8, and pairs of products
-    within int16, in which x86 CPUs without VNNI add them.
+    much smaller, the weights are the same and the steps finer. The factor keeps codes within int8, and pairs of
+    products within int16, in which x86 CPUs without VNNI add them.
     """
     makers, readers = graph.makers(), graph.readers()
     found: dict[str, int] = {}

@@ -11,6 +11,7 @@ from crcore.cli import _models
 from crcore.cli._checkpoints import load_progress, save_progress
 from crcore.cli._data import load_data
 from crcore.cli._errors import CommandError
+from crcore.cli._files import put_in_place
 from crcore.cli._report import gain, rows, spread
 from crcore.cli._views import View
 

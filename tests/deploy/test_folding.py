@@ -147,7 +147,7 @@ def test_a_mean_over_height_and_width_is_a_pooling(keepdims):
 
 
 def residual_block(make: GraphMaker, *, bits: int = 8) -> str:
-    """Two convolutions, a shortcut, a pooled classifier; what layers multiply with is quantized, as training does it."""
+    """Two convolutions, a shortcut, a pooled classifier; quantized as training does it."""
     hi = 2**bits - 1
     x = make.node("Relu", make.conv(make.signed("x", 0.03, layer="stem"), (8, 3, 3, 3), layer="stem", pads=[1] * 4))
     y = make.conv(make.quantized(x, 4 / hi, hi=hi, layer="one"), (8, 8, 3, 3), layer="one", pads=[1] * 4)

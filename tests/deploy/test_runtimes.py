@@ -18,6 +18,7 @@ from small_graphs import GraphMaker
 from crcore import CRCoreError
 from crcore.deploy import expanded, float_twin, open_runtime, prepared_graph, to_litert, to_onnx, with_metadata
 from crcore.deploy._contents import integers
+from crcore.deploy._litert_file import _read, _written
 
 IMAGE = (3, 6, 6)
 SUFFIXES = (".onnx", ".tflite")
@@ -236,6 +237,15 @@ def test_a_litert_file_without_a_network_is_an_error(tmp_path: Path) -> None:
     )
     with pytest.raises(CRCoreError, match="holds no network"):
         open_runtime(path)
+
+
+def test_a_litert_file_that_asks_for_all_memory_is_an_error(folder: Path, tmp_path: Path) -> None:
+    model = _read((folder / "net.tflite").read_bytes())
+    tensor = model.subgraphs[0].tensors[model.subgraphs[0].inputs[0]]
+    tensor.shape = np.array([2**28, *tensor.shape[1:]], np.int32)
+    (tmp_path / "net.tflite").write_bytes(_written(model))
+    with pytest.raises(CRCoreError, match="more than 2147483648 elements"):
+        open_runtime(tmp_path / "net.tflite")
 
 
 @pytest.mark.parametrize(
