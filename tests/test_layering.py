@@ -43,6 +43,7 @@ FORMULAS = {
             "backends/crcore_torch/_kernels.py",
             "backends/crcore_keras/_kernels.py",
             "crcore/deploy/_qdq.py",
+            "crcore/deploy/_runtimes.py",
         ),
     ),
     "softmax and what is made of it": (
