@@ -94,15 +94,16 @@ def _schema() -> Any:
     try:
         from ai_edge_litert import schema_py_generated
     except ImportError as error:
-        raise CRCoreError("LiteRT files need the LiteRT runtime; pip install ai-edge-litert") from error
+        raise CRCoreError("LiteRT is not installed; pip install 'crcore[litert]'") from error
     return schema_py_generated
 
 
 def _read(tflite: bytes) -> Any:
     if tflite[4:8] != b"TFL3":
         raise CRCoreError("this is no LiteRT file (a .tflite file has 'TFL3' at its fifth byte); export it again")
+    schema = _schema()
     try:
-        return _schema().ModelT.InitFromPackedBuf(tflite, 0)
+        return schema.ModelT.InitFromPackedBuf(tflite, 0)
     except Exception as error:  # offsets that lead nowhere end in errors of many kinds
         raise CRCoreError("this LiteRT file is truncated or damaged; export it again") from error
 
