@@ -100,6 +100,8 @@ def _onnx_codes(
 
 def _computed(model: onnx.ModelProto, tensors: list[str], sample: Mapping[str, Any]) -> dict[str, Any]:
     """What a model computes for some of its tensors, each operator by itself."""
+    if not tensors:
+        return {}
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     del observed.graph.output[:]

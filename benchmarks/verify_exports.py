@@ -1,0 +1,122 @@
+"""Train networks, export them at several widths for each runtime, and run the files: the table of docs/deploy.md.
+
+    python benchmarks/verify_exports.py                       # the digits, minutes
+    python benchmarks/verify_exports.py --data cifar10/ --image-size 16 --labels 20000 --float-epochs 16
+
+Each network is trained in float and then, from there, at each width, by `crcore train`; each is exported by
+`crcore export --verify`, which measures on all test images. A file below the limit of agreement is kept here and shown
+with what it reached. `--table FILE` prints the table of an earlier run, `--update PAGE` puts it into a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from crcore.cli import main as crcore
+
+WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 8))
+BEGIN, END = "<!-- verification: begin -->", "<!-- verification: end -->"
+RESULTS = Path(__file__).parent / "results" / "verify_exports.json"
+
+
+def run(*arguments: object) -> str:
+    """The command's output; its error is one of this program."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        status = crcore([str(argument) for argument in arguments])
+    if status:
+        raise SystemExit(f"crcore {' '.join(map(str, arguments))} ended with status {status}")
+    return shown.getvalue()
+
+
+def exports(checkpoint: Path, weight_bits: int, activation_bits: int) -> list[dict[str, Any]]:
+    """What `crcore export --verify --json` says of each form of one network."""
+    kinds: dict[str, tuple[str, ...]] = {
+        "ONNX, integers": ("--to", "onnx", "--integer-only"),
+        "ONNX, sums in float": ("--to", "onnx", "--no-integer-only"),
+        "LiteRT": ("--to", "litert"),
+    }
+    found = []
+    for kind, options in kinds.items():
+        out = checkpoint.with_name(f"net.{'tflite' if kind == 'LiteRT' else 'onnx'}")
+        common = ("--verify", "--json", "--minimum-agreement", 0, "--out", out)
+        result = json.loads(run("export", checkpoint, *options, *common))
+        found.append({"kind": kind, "weights": weight_bits, "activations": activation_bits, "result": result})
+    return found
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and export everything; finished trainings are not repeated."""
+    data = ("--data", arguments.data, "--labels", arguments.labels)
+    data += ("--image-size", arguments.image_size) if arguments.image_size else ()
+    rows = []
+    for model in arguments.models:
+        start = arguments.work / f"{model}-float"
+        trained = start / "seed0" / "fp32" / "float.safetensors"
+        if not trained.exists():
+            run(
+                "train", *data, "--model", model, "--method", "fp32", "--epochs", arguments.float_epochs, "--out", start
+            )
+        for weights, activations in WIDTHS:
+            out = arguments.work / f"{model}-w{weights}a{activations}"
+            checkpoint = out / "seed0" / "qat" / "student.safetensors"
+            if not checkpoint.exists():
+                width = ("--weight-bits", weights, "--activation-bits", activations)
+                common = ("--method", "qat", "--init", trained, "--epochs", arguments.epochs, "--out", out)
+                run("train", *data, "--model", model, *width, *common)
+            rows += [{"model": model, **row} for row in exports(checkpoint, weights, activations)]
+            print(table({"rows": rows}).splitlines()[-1], flush=True)
+    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("table", "update")}
+    return {"settings": settings, "rows": rows}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| network | width | file | accuracy of the file | trained | same class | integers that differ | size / float "
+        "| speed over float |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        found = row["result"]
+        lines.append(
+            f"| {row['model']} | W{row['weights']}A{row['activations']} | {row['kind']} | {found['accuracy']:.2f} % "
+            f"| {found['expected_accuracy']:.2f} % | {found['agreement']:.2f} % | {len(found['differing_layers'])} "
+            f"| {found['size'] / found['float_size']:.3f} | {found['float_latency'] / found['latency']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv2"], help="as crcore train --model")
+    parser.add_argument("--data", default="digits", help="as crcore train --data")
+    parser.add_argument("--labels", default="all", help="how many labeled images")
+    parser.add_argument("--image-size", type=int, help="scale images to this size")
+    parser.add_argument("--float-epochs", type=int, default=40, help="epochs of the float network")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs at each width, from the float network")
+    parser.add_argument("--work", type=Path, default=Path("runs/verify-exports"), help="where runs and files go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this JSON file, and stop")
+    parser.add_argument("--update", type=Path, metavar="PAGE", help="put the table into this page")
+    arguments = parser.parse_args()
+    if arguments.table:
+        results = json.loads(arguments.table.read_text(encoding="utf-8"))
+    else:
+        results = measured(arguments)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    if arguments.update:
+        before, _, rest = arguments.update.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        arguments.update.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
