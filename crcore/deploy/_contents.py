@@ -131,6 +131,8 @@ def found_in(stored: list[StoredWeight], codes: Any, described: Mapping[str, Any
             shape = [-1 if axis == described["axis"] else 1 for axis in range(codes.ndim)]
             zero_point = zero_point.reshape(shape)
         centred = centred - zero_point
+    # LiteRT's integers end at 127: a weight of 128 steps is stored as its neighbour, which is no damage to the file.
+    centred = np.where(np.abs(centred) == 128, np.sign(centred) * 127, centred)
     return [weight for weight in stored if _is_same(centred, weight.codes, any_sign=True)]
 
 

@@ -78,7 +78,20 @@ def write_litert(
     written = to_litert(prepared_graph(graph, sample, entire=True))
     if metadata is not None:
         written = with_metadata(written, json.dumps(metadata, sort_keys=True))
-    return _write(written, graph, sample, Path(path), expected, labels, minimum_agreement, ())
+    notices = _ends_of_int8(graph)
+    return _write(written, graph, sample, Path(path), expected, labels, minimum_agreement, notices)
+
+
+def _ends_of_int8(graph: onnx.ModelProto) -> tuple[str, ...]:
+    """What to say of weights of 128 steps, which LiteRT cannot hold."""
+    found = {name: int((np.abs(codes) == 128).sum()) for name, codes in codes_by_layer(graph).items()}
+    layers = [name for name, count in found.items() if count]
+    if not layers:
+        return ()
+    return (
+        f"{sum(found.values())} weights of {len(layers)} layers ({', '.join(layers[:3])}, ...) have the code -128, which "
+        "LiteRT's int8 lacks: they are stored as -127; LSQ(bits=8, narrow=True) trains without that code",
+    )
 
 
 def verify_file(

@@ -16,13 +16,9 @@ from crcore import CRCoreError
 from crcore.deploy._graph import Graph, Node
 from crcore.deploy._litert_grids import Grid, Grids
 
-# int8 kernels take weights from -127 to 127.
-_LARGEST = 127
+LARGEST = 127  # int8 kernels take weights from -127 to 127
 # The converter takes channels that span less than 1e-6 for zeros. Normalization can switch a channel off to below that.
 _LEAST_SCALE = 2.0**-27
-# The converter drops one of two roundings that follow each other, and a product with 1 between them. Integer products
-# change grids more exactly than LiteRT's own QUANTIZE, whose multiplier has 8 bits in XNNPACK.
-_ALMOST_ONE = np.nextafter(np.float32(1), np.float32(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +66,7 @@ class Network:
         self._makers, self.grids = graph.makers(), Grids(graph)
         self._constants = dict(graph.constants)
         self._tensors: dict[str, Tensor] = {}
+        self._products = 0
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """The graph's outputs, in its layout."""
@@ -126,13 +123,15 @@ class Network:
         scale, zero_point = scale.reshape(-1).astype(np.float32), zero_point.reshape(-1).astype(np.int32)
         along = [-1 if axis == channels else 1 for axis in range(codes.ndim)]
         codes = codes.astype(np.int32) - zero_point.reshape(along)
-        beyond = np.count_nonzero(np.abs(codes) > _LARGEST)
+        # The one code at the end of a grid that is not narrow becomes its neighbour; `write_litert` says how many did.
+        beyond = np.count_nonzero(np.abs(codes) > LARGEST + 1)
         if beyond:
             raise CRCoreError(
                 f"layer {layer!r}: {beyond} of {codes.size} weights lie outside of -127..127, which is what LiteRT's "
-                f"int8 kernels hold (found {codes.min()}..{codes.max()} about zero); train it with narrow=True, with "
-                "symmetric MinMax, or with fewer bits"
+                f"int8 kernels hold (found {codes.min()}..{codes.max()} about zero); train it with symmetric weights, "
+                "or with fewer bits"
             )
+        codes = np.clip(codes, -LARGEST, LARGEST)
         return Weight(np.where(scale.reshape(along) < 0, -codes, codes), np.abs(scale), layer)
 
     def error(self, node: Node, what: str) -> CRCoreError:
@@ -186,8 +185,8 @@ class Network:
         scale = np.broadcast_to(np.maximum(weight.scale, np.float32(_LEAST_SCALE)), weight.codes.shape[-1:])
         return self.tf.quantization.fake_quant_with_min_max_vars_per_channel(
             (weight.codes * scale).astype(np.float32),
-            -_LARGEST * scale,
-            _LARGEST * scale,
+            -LARGEST * scale,
+            LARGEST * scale,
             num_bits=8,
             narrow_range=True,
         )
@@ -227,9 +226,19 @@ class Network:
         value, is_rounded = self.tf.nn.relu(value) if relu else value, source is not None
         for ends in ranges:
             if is_rounded:
-                value = value * _ALMOST_ONE
+                value = value * self._almost_one()
             value, is_rounded = self.tf.quantization.fake_quant_with_min_max_vars(value, *ends), True
         return value
+
+    def _almost_one(self) -> Any:
+        """A factor that keeps two roundings apart; each time another one.
+
+        The converter drops one of two roundings that follow each other, also where a product with 1 is between them, and
+        makes one product of two equal ones, whose two roundings it then leaves in float. Integer products change grids
+        more exactly than LiteRT's own QUANTIZE, whose multiplier has 8 bits in XNNPACK.
+        """
+        self._products += 1
+        return np.float32(1 - self._products * 2.0**-24)
 
     def _quantized(self, node: Node) -> Tensor:
         """A ``FakeQuantize``."""

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from small_graphs import GraphMaker
 
-from crcore import CRCoreError
+from crcore import CRCoreError, deploy
 from crcore.deploy import codes_by_layer, expanded, float_twin
 from crcore.deploy._litert import metadata_of, to_litert, with_metadata
 
@@ -544,16 +545,31 @@ def refused(build: Build, inputs: Mapping[str, tuple[int, ...]] | None = None) -
     return str(raised.value)
 
 
-def test_a_weight_of_minus_128_is_counted() -> None:
-    def build(g: GraphMaker) -> str:
-        codes = g.codes(6, 10)
-        codes[0, :3] = -128
-        weight = g.weight(codes, g.scales(6), layer="head", axis=0, limits=(-128, 127))
-        return s8(g, g.node("Gemm", s8(g, "x", 0.02), weight, transB=1), 0.02)
+def test_weights_of_minus_128_become_their_neighbours_and_are_counted(tmp_path: Path) -> None:
+    g = GraphMaker({"x": (10,)})
+    codes = g.codes(6, 10)
+    codes[0, :3] = -128
+    weight = g.weight(codes, g.scales(6), layer="head", axis=0, limits=(-128, 127))
+    model, sample = g.model(g.node("Gemm", s8(g, "x", 0.02), weight, transB=1)), g.sample(64)
+    path = tmp_path / "net.tflite"
+    (expected,) = trained(model, sample)
+    found = deploy.write_litert(model, sample, path, expected=expected, minimum_agreement=90)
+    assert found.differing_layers == ()
+    assert "3 weights of 1 layers (head, ...) have the code -128" in found.notices[0]
+    assert "narrow=True" in found.notices[0]
+    ((stored, _),) = weights_of(path.read_bytes())
+    assert np.array_equal(stored.reshape(6, 10), np.maximum(codes, -127))
 
-    message = refused(build, {"x": (10,)})
-    assert "layer 'head': 3 of 60 weights" in message
-    assert "narrow=True" in message
+
+def test_one_tensor_on_two_other_grids_stays_in_integers() -> None:
+    def build(g: GraphMaker) -> str:
+        x = g.quantized(g.node("Relu", g.conv(s8(g, "x", 0.03), (4, 3, 3, 3), layer="a")), 0.004)
+        parts = [
+            g.conv(g.quantized(x, scale), (4, 4, 1, 1), layer=layer) for scale, layer in ((0.005, "b"), (0.006, "c"))
+        ]
+        return s8(g, g.node("Add", *(s8(g, part, 0.02) for part in parts)), 0.03)
+
+    check(build, {"x": (3, 8, 8)}, different=0.02)
 
 
 def test_a_weight_whose_zero_point_is_too_far_off_is_named() -> None:
