@@ -89,8 +89,8 @@ def _ends_of_int8(graph: onnx.ModelProto) -> tuple[str, ...]:
     if not layers:
         return ()
     return (
-        f"{sum(found.values())} weights of {len(layers)} layers ({', '.join(layers[:3])}, ...) have the code -128, which "
-        "LiteRT's int8 lacks: they are stored as -127; LSQ(bits=8, narrow=True) trains without that code",
+        f"{sum(found.values())} weights of {len(layers)} layers ({', '.join(layers[:3])}, ...) have the code -128, "
+        "which LiteRT's int8 lacks: they are stored as -127; LSQ(bits=8, narrow=True) trains without that code",
     )
 
 
