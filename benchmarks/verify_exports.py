@@ -20,7 +20,6 @@ from typing import Any
 from crcore.cli import main as crcore
 
 WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 8))
-BEGIN, END = "<!-- verification: begin -->", "<!-- verification: end -->"
 RESULTS = Path(__file__).parent / "results" / "verify_exports.json"
 
 
@@ -71,7 +70,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
                 run("train", *data, "--model", model, *width, *common)
             rows += [{"model": model, **row} for row in exports(checkpoint, weights, activations)]
             print(table({"rows": rows}).splitlines()[-1], flush=True)
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("table", "update")}
+    settings = {
+        name: str(value) for name, value in vars(arguments).items() if name not in ("table", "update", "marker")
+    }
     return {"settings": settings, "rows": rows}
 
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this JSON file, and stop")
     parser.add_argument("--update", type=Path, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--marker", default="verification", help="the comments in the page between which it stands")
     arguments = parser.parse_args()
     if arguments.table:
         results = json.loads(arguments.table.read_text(encoding="utf-8"))
@@ -113,9 +115,10 @@ def main() -> None:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))
     if arguments.update:
-        before, _, rest = arguments.update.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        arguments.update.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+        begin, end = (f"<!-- {arguments.marker}: {which} -->" for which in ("begin", "end"))
+        before, _, rest = arguments.update.read_text(encoding="utf-8").partition(begin)
+        after = rest.partition(end)[2]
+        arguments.update.write_text(f"{before}{begin}\n{table(results)}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """README and docs: their Python runs, their commands parse, their links lead somewhere, every name is listed."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -59,7 +60,7 @@ def test_commands_parse(page: Path) -> None:
             words = shlex.split(line)
             if words[0] == "crcore":
                 options = parser.parse_args(words[1:])
-                if options.command != "evaluate":
+                if options.command in ("compare", "train"):
                     settings_from(options)
             elif words[0] == "make":
                 assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
@@ -112,3 +113,22 @@ def test_the_speed_table_is_that_of_the_result_files() -> None:
         ]
         found.append(" | ".join(f"{x:.2f}" for x in [*ratios, result["median seconds per step"]["float"]]))
     assert shown == found
+
+
+@pytest.mark.parametrize(
+    ("marker", "script", "function", "result"),
+    [
+        ("verification", "verify_exports", "table", "verify_exports"),
+        ("unsure", "verify_exports", "table", "verify_exports-cifar10-jpeg-16"),
+        ("speed", "deploy", "tables", "deploy"),
+    ],
+)
+def test_the_tables_of_the_deploy_page_are_those_of_the_result_files(marker, script, function, result) -> None:
+    page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    shown = page.partition(f"<!-- {marker}: begin -->")[2].partition(f"<!-- {marker}: end -->")[0]
+    described = importlib.util.spec_from_file_location(script, ROOT / f"benchmarks/{script}.py")
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    results = json.loads((ROOT / f"benchmarks/results/{result}.json").read_text(encoding="utf-8"))
+    assert shown.strip() == getattr(module, function)(results).strip()
+    assert shown.count("|") > 50
