@@ -234,8 +234,8 @@ class Network:
         """A factor that keeps two roundings apart; each time another one.
 
         The converter drops one of two roundings that follow each other, also where a product with 1 is between them,
-        and makes one product of two equal ones, whose two roundings it then leaves in float. Integer products change grids
-        more exactly than LiteRT's own QUANTIZE, whose multiplier has 8 bits in XNNPACK.
+        and makes one product of two equal ones, whose two roundings it then leaves in float. Integer products change
+        grids more exactly than LiteRT's own QUANTIZE, whose multiplier has 8 bits in XNNPACK.
         """
         self._products += 1
         return np.float32(1 - self._products * 2.0**-24)
