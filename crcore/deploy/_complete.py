@@ -31,6 +31,7 @@ _POOLS = ("GlobalAveragePool", "AveragePool")
 _LITERT = ("Gelu", "Tanh")
 _FIXED = ("Sigmoid", "Softmax")  # values in [0, 1); integer kernels insist on a scale of 1 / 256
 _BATCH = 32
+_LARGEST_MULTIPLIER = 254.0  # XNNPACK, which runs LiteRT's int8 kernels, takes less than 256
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def complete(graph: Graph, sample: Mapping[str, Any], *, entire: bool) -> None:
     for tensor, fixed in {**dict.fromkeys(sources, False), **results}.items():
         _quantize(graph, tensor, ranges[tensor], fixed=fixed, outputs=entire)
     _make_room_for_biases(graph)
+    if entire:
+        _bound_multipliers(graph)
 
 
 def _integer_region(graph: Graph, operators: tuple[str, ...]) -> list[Node]:
@@ -325,3 +328,24 @@ def _make_room_for_biases(graph: Graph) -> None:
         if (np.abs(scale) < least).any():
             raised = np.where(np.abs(scale) < least, least, scale)
             weight.inputs[1] = graph.constant(raised.astype(np.float32), f"{weight.inputs[1]}.raised")
+
+
+def _bound_multipliers(graph: Graph) -> None:
+    """Keep the step of an accumulator below 254 steps of the result, since XNNPACK refuses a network with more.
+
+    Such a channel has next to no variance, by which batch normalization divided: its result is one value, or clipped on
+    either side of its grid, with a step of 254 as well.
+    """
+    makers, readers = graph.makers(), graph.readers()
+    for node in graph.nodes:
+        data, weight = (makers.get(name) for name in node.inputs[:2]) if node.op in LINEAR else (None, None)
+        if data is None or weight is None or not (data.is_quantizer and weight.is_weight):
+            continue
+        after = readers[_result(graph, node)]
+        if len(after) != 1 or not after[0].is_quantizer:
+            continue
+        most = _LARGEST_MULTIPLIER * graph.constants[after[0].inputs[1]] / graph.constants[data.inputs[1]]
+        scale = graph.constants[weight.inputs[1]]
+        if (np.abs(scale) > most).any():
+            bounded = np.clip(scale, -most, most).astype(np.float32)
+            weight.inputs[1] = graph.constant(bounded, f"{weight.inputs[1]}.bounded")

@@ -109,7 +109,9 @@ def as_products(graph: Graph) -> None:
 def write_markers(graph: Graph, opset: int, integer_only: bool) -> dict[str, int]:
     """Replace the markers; returns the type of each layer whose integers are to be packed."""
     packed: dict[str, int] = {}
-    finer, makers, readers = _finer_steps(graph) if integer_only else {}, graph.makers(), graph.readers()
+    finer = _finer_steps(graph) if integer_only else {}
+    _leave_coarse_in_float(graph, finer)
+    makers, readers = graph.makers(), graph.readers()
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.is_weight:
@@ -153,6 +155,29 @@ def _finer_steps(graph: Graph) -> dict[str, int]:
         room = min(127 // largest, (2**15 - 1) // (2 * data_code * largest))
         found[weight.output] = 1 if graph.constants[weight.inputs[2]].any() else max(1, room)
     return found
+
+
+def _leave_coarse_in_float(graph: Graph, finer: dict[str, int]) -> None:
+    """Keep a convolution in float whose accumulator has steps above those of its result, and so no room for a bias.
+
+    That is one with a channel of next to no variance, by which batch normalization divided. A bias that is subtracted
+    behind the convolution is what ONNX Runtime does not make an integer kernel of.
+    """
+    makers, readers = graph.makers(), graph.readers()
+    for node in [
+        node for node in graph.nodes if node.op == "Conv" and len(node.inputs) > 2 and node.inputs[1] in finer
+    ]:
+        scales = [graph.constants[each.inputs[1]] for each in (makers[node.inputs[0]], makers[node.inputs[1]])]
+        step = np.abs(scales[0] * scales[1]).max() / finer[node.inputs[1]]
+        if step <= graph.constants[readers[node.output][0].inputs[1]]:
+            continue
+        del finer[node.inputs[1]]
+        bias = graph.constants[node.inputs.pop()]
+        product = graph.fresh(f"{node.output}.product")
+        shape = [-1, *[1] * (graph.constants[makers[node.inputs[1]].inputs[0]].ndim - 2)]
+        minus = graph.constant(-bias.reshape(shape), f"{node.output}.minus")
+        graph.nodes.insert(graph.nodes.index(node) + 1, Node("Sub", [product, minus], [node.output]))
+        node.outputs = [product]
 
 
 def _weight(graph: Graph, node: Node, finer: int, packed: dict[str, int], opset: int) -> list[Node]:

@@ -561,6 +561,22 @@ def test_weights_of_minus_128_become_their_neighbours_and_are_counted(tmp_path: 
     assert np.array_equal(stored.reshape(6, 10), np.maximum(codes, -127))
 
 
+def test_a_channel_that_normalization_blew_up_is_kept_within_what_the_kernels_take(tmp_path: Path) -> None:
+    g = GraphMaker({"x": (3, 8, 8)})
+    scale = np.array([0.005, 2000.0, 0.004, 0.003], np.float32)
+    codes = g.codes(4, 3, 1, 1)
+    codes[1] = [[[1]], [[0]], [[0]]]
+    x = g.node(
+        "Mul", "x", g.floats(np.array([0, 1, 1], np.float32).reshape(1, 3, 1, 1))
+    )  # what it reads is always zero
+    weight = g.weight(codes, scale, axis=0, limits=(-127, 127), layer="conv")
+    y = g.node("Relu", g.node("Conv", s8(g, x, 0.02), weight, g.floats([0.1, 0.5, -0.2, 0.3])))
+    model, sample = g.model(g.gemm(s8(g, g.node("Flatten", y), 0.02), 256, 5, layer="head")), g.sample(64)
+    (expected,) = trained(model, sample)
+    found = deploy.write_litert(model, sample, tmp_path / "net.tflite", expected=expected, minimum_agreement=0)
+    assert found.differing_layers == ()  # its bias, rounded to the steps of its accumulator, is another matter
+
+
 def test_one_tensor_on_two_other_grids_stays_in_integers() -> None:
     def build(g: GraphMaker) -> str:
         x = g.quantized(g.node("Relu", g.conv(s8(g, "x", 0.03), (4, 3, 3, 3), layer="a")), 0.004)

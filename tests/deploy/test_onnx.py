@@ -204,3 +204,21 @@ def test_the_float_twin_rounds_nothing():
     scaled = {"x": 3 * sample["x"]}
     at_zero = run(twin, {"x": 0 * sample["x"]})
     np.testing.assert_allclose(run(twin, scaled) - at_zero, 3 * (run(twin, sample) - at_zero), rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_whose_accumulator_is_too_coarse_for_its_bias_stays_in_float(tmp_path):
+    make = GraphMaker({"x": (3, 8, 8)})
+    scale = np.array([0.005, 200.0, 0.004, 0.003], np.float32)
+    codes = make.codes(4, 3, 1, 1)
+    codes[1] = [[[1]], [[0]], [[0]]]
+    x = make.node("Mul", "x", make.floats(np.array([0, 1, 1]).reshape(1, 3, 1, 1)))  # what that channel reads is zero
+    weight = make.weight(codes, scale, axis=0, limits=(-127, 127), layer="coarse")
+    y = make.node("Conv", make.signed(x, 0.02, layer="coarse"), weight, make.floats([0.1, 0.5, -0.2, 0.3]))
+    y = make.conv(make.quantized(make.node("Relu", y), 0.01, layer="fine"), (4, 4, 3, 3), layer="fine")
+    y = make.signed(make.node("Flatten", make.node("Relu", y)), 0.02, layer="head")
+    model, sample = make.model(make.gemm(y, 144, 5, layer="head")), make.sample(16)
+    file, _ = deploy.to_onnx(deploy.prepared_graph(model, sample))
+    operators = optimized(file, tmp_path)
+    assert (operators["QLinearConv"], operators["Conv"] + operators["FusedConv"]) == (1, 1)
+    expected, found = run(deploy.expanded(model), sample), run(file, sample)
+    assert np.abs(found - expected).max() < 0.02 * np.ptp(expected)
