@@ -20,6 +20,11 @@ from typing import Any
 from crcore.cli import main as crcore
 
 WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 8))
+# Of what the export says, all but the paths of this machine and what is the same in every row.
+MEASURED = (
+    "samples", "agreement", "expected_accuracy", "accuracy", "max_code_difference", "size", "float_size", "latency",
+    "float_latency", "layers", "differing_layers", "first_difference", "notices",
+)  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "verify_exports.json"
 
 
@@ -44,9 +49,15 @@ def exports(checkpoint: Path, weight_bits: int, activation_bits: int) -> list[di
     for kind, options in kinds.items():
         out = checkpoint.with_name(f"net.{'tflite' if kind == 'LiteRT' else 'onnx'}")
         common = ("--verify", "--json", "--minimum-agreement", 0, "--out", out)
-        result = json.loads(run("export", checkpoint, *options, *common))
+        told = json.loads(run("export", checkpoint, *options, *common))
+        result = {name: told[name] for name in MEASURED}
         found.append({"kind": kind, "weights": weight_bits, "activations": activation_bits, "result": result})
     return found
+
+
+def train(out: Path, *options: object) -> None:
+    """Train in this folder, or go on there; a training of other settings is refused."""
+    run("train", *options, "--out", out, *(("--resume",) if out.exists() else ()))
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -56,23 +67,17 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for model in arguments.models:
         start = arguments.work / f"{model}-float"
+        train(start, *data, "--model", model, "--method", "fp32", "--epochs", arguments.float_epochs)
         trained = start / "seed0" / "fp32" / "float.safetensors"
-        if not trained.exists():
-            run(
-                "train", *data, "--model", model, "--method", "fp32", "--epochs", arguments.float_epochs, "--out", start
-            )
         for weights, activations in WIDTHS:
             out = arguments.work / f"{model}-w{weights}a{activations}"
+            width = ("--weight-bits", weights, "--activation-bits", activations)
+            train(out, *data, "--model", model, *width, "--method", "qat", "--init", trained, "--epochs", arguments.epochs)
             checkpoint = out / "seed0" / "qat" / "student.safetensors"
-            if not checkpoint.exists():
-                width = ("--weight-bits", weights, "--activation-bits", activations)
-                common = ("--method", "qat", "--init", trained, "--epochs", arguments.epochs, "--out", out)
-                run("train", *data, "--model", model, *width, *common)
             rows += [{"model": model, **row} for row in exports(checkpoint, weights, activations)]
             print(table({"rows": rows}).splitlines()[-1], flush=True)
-    settings = {
-        name: str(value) for name, value in vars(arguments).items() if name not in ("table", "update", "marker")
-    }
+    chosen = ("models", "labels", "image_size", "float_epochs", "epochs")
+    settings = {"data": Path(arguments.data).name, **{name: getattr(arguments, name) for name in chosen}}
     return {"settings": settings, "rows": rows}
 
 

@@ -112,13 +112,6 @@ def set_flags(quantizer: FakeQuantize, flags: Mapping[str, Any]) -> None:
     quantizer.read_flags()
 
 
-def finalize(model: Any) -> None:
-    """Let layers that compute with copies of their variables see what was assigned to them."""
-    for _, layer in walk(model):
-        if isinstance(layer, layers.Normalization):
-            layer.finalize_state()
-
-
 def scale_shape(layer: Any, kernel: Kernel) -> tuple[int, ...]:
     """The shape in the file of one scale per output channel of a float layer."""
     shape = tuple(kernel.variable(layer).shape)

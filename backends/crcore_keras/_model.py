@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._layers import PACKAGE, QuantizedComposite, quantizers_in
 
 
@@ -69,9 +70,12 @@ def calibrate(model: Any, batch: Any) -> None:
 
 
 def refresh(model: Any) -> None:
-    """Let every quantizer see the flags that were assigned to its variables, as ``set_weights`` does."""
-    for quantizer in quantizers_in(model):
-        quantizer.read_flags()
+    """Let the layers that compute with copies of their variables see what ``set_weights`` or a file assigned."""
+    for layer in model._flatten_layers():
+        if isinstance(layer, FakeQuantize):
+            layer.read_flags()
+        elif isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
 
 
 def first_batch(x: Any, batch_size: int | None) -> tuple[Any, Any]:

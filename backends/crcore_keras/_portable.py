@@ -12,9 +12,10 @@ import safetensors.numpy
 
 from crcore import CRCoreError, PortableCheckpoint, PortableLayer
 from crcore_keras._consistency_model import ConsistencyModel
-from crcore_keras._entries import FileLayer, file_layers, finalize, flags_of, set_flags
+from crcore_keras._entries import FileLayer, file_layers, flags_of, set_flags
 from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._layers import IntegerLayer
+from crcore_keras._model import refresh
 from crcore_keras._tree import walk
 
 
@@ -60,7 +61,7 @@ def load_portable(model: Any, path: str | os.PathLike[str], *, names: Mapping[st
             array.assign(found[name].arrays[entry])
         for place, quantizer in layer.quantizers.items():
             set_flags(quantizer, found[name].flags[place])
-    finalize(model)
+    refresh(model)
     return model
 
 

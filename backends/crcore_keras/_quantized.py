@@ -13,10 +13,10 @@ import safetensors.numpy
 from crcore import CRCoreError, LayerQuantizers, PortableLayer, QuantizedCheckpoint
 from crcore_keras._consistency_model import ConsistencyModel
 from crcore_keras._convert import convert
-from crcore_keras._entries import HALF, FileArray, FileLayer, file_layers, finalize, flags_of, scale_shape, set_flags
+from crcore_keras._entries import HALF, FileArray, FileLayer, file_layers, flags_of, scale_shape, set_flags
 from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._layers import IntegerLayer, QuantizedLayer, attach, kernels_of, to_integers
-from crcore_keras._model import QuantizedModel
+from crcore_keras._model import QuantizedModel, refresh
 from crcore_keras._prepare import copied
 from crcore_keras._tree import walk
 
@@ -75,7 +75,7 @@ def load_quantized(model: Any, path: str | os.PathLike[str], *, names: Mapping[s
         for place, quantizer in layer.quantizers.items():
             if isinstance(quantizer, FakeQuantize):
                 set_flags(quantizer, found[name].flags[place])
-    finalize(loaded)
+    refresh(loaded)
     loaded.trainable = False
     return loaded
 

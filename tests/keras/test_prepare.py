@@ -450,6 +450,19 @@ def test_lambda_layers_and_unregistered_classes_are_copied_too():
     trained(student, vectors(), steps=1)
 
 
+def test_an_adapted_normalization_computes_the_same_in_every_copy():
+    net = keras.Sequential([keras.Input((6,)), layers.Normalization(name="scaled"), layers.Dense(3)])
+    x = 3.0 * vectors() + 1.0
+    net.get_layer("scaled").adapt(x)
+    expected = numbers(net.get_layer("scaled")(x))
+    assert np.abs(expected.mean()) < 1e-5
+    with_average = recipe(ema=cr.EMA(0.9))
+    student = crk.prepare(net, with_average)
+    student(x, training=True)
+    for copy in (student, crk.convert(student), crk.ConsistencyModel(student, with_average).teacher):
+        np.testing.assert_array_equal(numbers(copy.get_layer("scaled")(x)), expected)
+
+
 # --- optimizers ------------------------------------------------------------------------------------------------------
 
 
