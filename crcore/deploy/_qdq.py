@@ -121,6 +121,9 @@ def write_markers(graph: Graph, opset: int, integer_only: bool) -> dict[str, int
         elif node.is_quantizer:
             # An integer matrix product has a float result, and is exact as it is.
             in_float = not integer_only and any(reader.op != "MatMul" for reader in readers[node.output])
+            before = makers.get(node.inputs[0])
+            if integer_only and before is not None and before.is_quantizer and fits_byte(before) and fits_byte(node):
+                nodes += _plus_zero(graph, node)
             nodes += _quantizer(graph, node, opset, in_float)
         elif node.op in ("Conv", "ConvTranspose") and _has_integer_bias(graph, node, makers):
             nodes += [*_integer_bias(graph, node, makers, finer.get(node.inputs[1])), node]
@@ -258,6 +261,18 @@ def _quantizer(graph: Graph, node: Node, opset: int, in_float: bool) -> list[Nod
         Node("Clip", [inside, *clip], [codes]),
         Node("DequantizeLinear", [codes, *parameters], [node.output]),
     ]
+
+
+def _plus_zero(graph: Graph, node: Node) -> list[Node]:
+    """A sum with zero in front of a quantizer whose input is rounded already.
+
+    ONNX Runtime goes from one grid to another by way of floats, in two passes. A sum it makes one integer kernel of.
+    """
+    parameters = [graph.constant(np.float32(1), "one"), graph.constant(np.uint8(0), "zero_point")]
+    zero, total = graph.fresh("zero.values"), graph.fresh(f"{node.inputs[0]}.plus_zero")
+    codes = graph.constant(np.uint8(0), "zero")
+    source, node.inputs[0] = node.inputs[0], total
+    return [Node("DequantizeLinear", [codes, *parameters], [zero]), Node("Add", [source, zero], [total])]
 
 
 def _has_integer_bias(graph: Graph, node: Node, makers: Mapping[str, Node]) -> bool:
