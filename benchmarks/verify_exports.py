@@ -72,7 +72,9 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         for weights, activations in WIDTHS:
             out = arguments.work / f"{model}-w{weights}a{activations}"
             width = ("--weight-bits", weights, "--activation-bits", activations)
-            train(out, *data, "--model", model, *width, "--method", "qat", "--init", trained, "--epochs", arguments.epochs)
+            train(
+                out, *data, "--model", model, *width, "--method", "qat", "--init", trained, "--epochs", arguments.epochs
+            )
             checkpoint = out / "seed0" / "qat" / "student.safetensors"
             rows += [{"model": model, **row} for row in exports(checkpoint, weights, activations)]
             print(table({"rows": rows}).splitlines()[-1], flush=True)
