@@ -20,6 +20,11 @@ from typing import Any
 from crcore.cli import main as crcore
 
 WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 8))
+KINDS = {
+    "ONNX, integers": ("--to", "onnx", "--integer-only"),
+    "ONNX, sums in float": ("--to", "onnx", "--no-integer-only"),
+    "LiteRT": ("--to", "litert"),
+}
 # Of what the export says, all but the paths of this machine and what is the same in every row.
 MEASURED = (
     "samples", "agreement", "expected_accuracy", "accuracy", "max_code_difference", "size", "float_size", "latency",
@@ -38,15 +43,12 @@ def run(*arguments: object) -> str:
     return shown.getvalue()
 
 
-def exports(checkpoint: Path, weight_bits: int, activation_bits: int) -> list[dict[str, Any]]:
+def exports(checkpoint: Path, to: list[str], weight_bits: int, activation_bits: int) -> list[dict[str, Any]]:
     """What `crcore export --verify --json` says of each form of one network."""
-    kinds: dict[str, tuple[str, ...]] = {
-        "ONNX, integers": ("--to", "onnx", "--integer-only"),
-        "ONNX, sums in float": ("--to", "onnx", "--no-integer-only"),
-        "LiteRT": ("--to", "litert"),
-    }
     found = []
-    for kind, options in kinds.items():
+    for kind, options in KINDS.items():
+        if options[1] not in to:
+            continue
         out = checkpoint.with_name(f"net.{'tflite' if kind == 'LiteRT' else 'onnx'}")
         common = ("--verify", "--json", "--minimum-agreement", 0, "--out", out)
         told = json.loads(run("export", checkpoint, *options, *common))
@@ -62,23 +64,25 @@ def train(out: Path, *options: object) -> None:
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and export everything; finished trainings are not repeated."""
-    data = ("--data", arguments.data, "--labels", arguments.labels)
+    data = ("--data", arguments.data, "--labels", arguments.labels, "--backend", arguments.backend)
     data += ("--image-size", arguments.image_size) if arguments.image_size else ()
+    suffix = {"torch": "safetensors", "keras": "keras"}[arguments.backend]
     rows = []
-    for model in arguments.models:
+    for given in arguments.models:
+        model = given.rpartition(":")[2]
         start = arguments.work / f"{model}-float"
-        train(start, *data, "--model", model, "--method", "fp32", "--epochs", arguments.float_epochs)
-        trained = start / "seed0" / "fp32" / "float.safetensors"
+        train(start, *data, "--model", given, "--method", "fp32", "--epochs", arguments.float_epochs)
+        trained = start / "seed0" / "fp32" / f"float.{suffix}"
         for weights, activations in WIDTHS:
             out = arguments.work / f"{model}-w{weights}a{activations}"
             width = ("--weight-bits", weights, "--activation-bits", activations)
             train(
-                out, *data, "--model", model, *width, "--method", "qat", "--init", trained, "--epochs", arguments.epochs
+                out, *data, "--model", given, *width, "--method", "qat", "--init", trained, "--epochs", arguments.epochs
             )
-            checkpoint = out / "seed0" / "qat" / "student.safetensors"
-            rows += [{"model": model, **row} for row in exports(checkpoint, weights, activations)]
+            checkpoint = out / "seed0" / "qat" / f"student.{suffix}"
+            rows += [{"model": model, **row} for row in exports(checkpoint, arguments.to, weights, activations)]
             print(table({"rows": rows}).splitlines()[-1], flush=True)
-    chosen = ("models", "labels", "image_size", "float_epochs", "epochs")
+    chosen = ("models", "backend", "to", "labels", "image_size", "float_epochs", "epochs")
     settings = {"data": Path(arguments.data).name, **{name: getattr(arguments, name) for name in chosen}}
     return {"settings": settings, "rows": rows}
 
@@ -104,6 +108,10 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv2"], help="as crcore train --model")
+    parser.add_argument("--backend", choices=("torch", "keras"), default="torch", help="as crcore train --backend")
+    parser.add_argument(
+        "--to", nargs="+", choices=("onnx", "litert"), default=["onnx", "litert"], help="the forms to write"
+    )
     parser.add_argument("--data", default="digits", help="as crcore train --data")
     parser.add_argument("--labels", default="all", help="how many labeled images")
     parser.add_argument("--image-size", type=int, help="scale images to this size")
