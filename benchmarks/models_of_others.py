@@ -18,6 +18,11 @@ def vit(num_classes: int, in_channels: int) -> Any:
             size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
             images = {"image_size": 8, "patch_size": 2, "num_channels": in_channels, "num_labels": num_classes}
             self.vit = ViTForImageClassification(ViTConfig(**size, **images))
+            # Left at their initial values: a parameter that only the module's own code reads, prepare refuses.
+            embeddings = self.vit.vit.embeddings
+            positions = embeddings.position_embeddings.detach()
+            del embeddings.position_embeddings
+            embeddings.register_buffer("position_embeddings", positions)
 
         def forward(self, x: Any) -> Any:
             return self.vit(x).logits
@@ -26,30 +31,24 @@ def vit(num_classes: int, in_channels: int) -> Any:
 
 
 def keras_mobilenetv2(num_classes: int, input_shape: tuple[int, int, int]) -> Any:
-    """`keras.applications.MobileNetV2`, for images of 32x32 pixels or more."""
-    import keras
-
-    return _of_few_steps(
-        keras.applications.MobileNetV2(input_shape, weights=None, classes=num_classes, classifier_activation=None)
-    )
+    """`keras.applications.MobileNetV2`, for small images."""
+    return _enlarged("MobileNetV2", num_classes, input_shape)
 
 
 def keras_efficientnetb0(num_classes: int, input_shape: tuple[int, int, int]) -> Any:
-    """`keras.applications.EfficientNetB0`, for images of 32x32 pixels or more."""
+    """`keras.applications.EfficientNetB0`, for small images."""
+    return _enlarged("EfficientNetB0", num_classes, input_shape)
+
+
+def _enlarged(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> Any:
+    """The network behind an enlargement to the 32x32 pixels that it takes at least."""
     import keras
 
-    return _of_few_steps(
-        keras.applications.EfficientNetB0(
-            input_shape=input_shape, weights=None, classes=num_classes, classifier_activation=None
-        )
-    )
-
-
-def _of_few_steps(model: Any) -> Any:
-    """Running statistics that follow within a thousand steps, where the originals take a million."""
-    import keras
-
+    image = keras.Input(input_shape)
+    enlarged = keras.layers.UpSampling2D(-(-32 // input_shape[0]))(image)
+    make = getattr(keras.applications, name)
+    model = make(input_tensor=enlarged, weights=None, classes=num_classes, classifier_activation=None)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9
+            layer.momentum = 0.9  # statistics that follow within a thousand steps
     return model
