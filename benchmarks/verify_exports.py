@@ -65,6 +65,7 @@ def train(out: Path, *options: object) -> None:
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and export everything; finished trainings are not repeated."""
     data = ("--data", arguments.data, "--labels", arguments.labels, "--backend", arguments.backend)
+    data += ("--lr", arguments.lr, "--float-lr", arguments.float_lr)
     data += ("--image-size", arguments.image_size) if arguments.image_size else ()
     suffix = {"torch": "safetensors", "keras": "keras"}[arguments.backend]
     rows = []
@@ -82,7 +83,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             checkpoint = out / "seed0" / "qat" / f"student.{suffix}"
             rows += [{"model": model, **row} for row in exports(checkpoint, arguments.to, weights, activations)]
             print(table({"rows": rows}).splitlines()[-1], flush=True)
-    chosen = ("models", "backend", "to", "labels", "image_size", "float_epochs", "epochs")
+    chosen = ("models", "backend", "to", "labels", "image_size", "float_epochs", "float_lr", "epochs", "lr")
     settings = {"data": Path(arguments.data).name, **{name: getattr(arguments, name) for name in chosen}}
     return {"settings": settings, "rows": rows}
 
@@ -116,6 +117,8 @@ def main() -> None:
     parser.add_argument("--labels", default="all", help="how many labeled images")
     parser.add_argument("--image-size", type=int, help="scale images to this size")
     parser.add_argument("--float-epochs", type=int, default=40, help="epochs of the float network")
+    parser.add_argument("--float-lr", type=float, default=0.1, help="as crcore train --float-lr")
+    parser.add_argument("--lr", type=float, default=0.02, help="as crcore train --lr")
     parser.add_argument("--epochs", type=int, default=8, help="epochs at each width, from the float network")
     parser.add_argument("--work", type=Path, default=Path("runs/verify-exports"), help="where runs and files go")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON file")

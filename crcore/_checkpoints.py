@@ -14,13 +14,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from crcore._errors import CRCoreError
-from crcore._files import cause, replaced
+from crcore._files import as_path, cause, replaced
 from crcore._recipe import Recipe
 from crcore._typing import Quantizer
 
@@ -86,7 +85,7 @@ class Form:
     @contextmanager
     def opened(self, path: str | os.PathLike[str], safe_open: Callable[..., Any]) -> Iterator[Any]:
         """The file, open; whatever goes wrong while it is read becomes an error that names it."""
-        if not Path(path).is_file():
+        if not as_path(path).is_file():
             raise CRCoreError(f"{path}: no such file; give a checkpoint that {self.saver} wrote")
         try:
             with safe_open(path, framework="numpy") as file:

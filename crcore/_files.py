@@ -25,11 +25,16 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         CRCoreError: the block raised it, or whatever else it raised stopped the writing: no such folder, no space left.
     """
-    path = Path(path)
-    temporary = path.parent / f"{path.stem}.{os.getpid()}.tmp{path.suffix}"
+    path = as_path(path)
+    if not path.name or not path.parent.is_dir():
+        raise CRCoreError(f"{path} cannot be written: there is no folder {str(path.parent)!r}; name a file in one")
+    temporary = path.parent / f"{path.stem[:100]}.{os.getpid()}.tmp{path.suffix}"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        os.replace(temporary, path)
+        temporary.chmod(mode)  # some writers make files that only their owner reads
+        os.replace(temporary, path.resolve())  # a link stays one
     except CRCoreError:
         raise
     except Exception as error:  # those who write have errors of their own
@@ -37,6 +42,17 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError, ValueError):  # a path that could not be written need not be one that can be removed
             temporary.unlink(missing_ok=True)
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path.
+
+    Raises:
+        CRCoreError: it is no text and no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise CRCoreError(f"a path must be a str or a pathlib.Path, got {type(path).__name__}")
+    return Path(path)
 
 
 def cause(error: Exception) -> str:

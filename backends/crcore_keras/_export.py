@@ -16,7 +16,7 @@ from crcore_keras._layers import IntegerLayer
 from crcore_keras._tree import walk
 
 if TYPE_CHECKING:  # an extra: only those who export need ONNX
-    from crcore.deploy import Verification
+    from crcore.deploy import Traced, Verification
 
 _BATCH = 64
 
@@ -66,13 +66,12 @@ def export_onnx(
     """
     from crcore import deploy
 
-    graph, arrays, expected = _traced(model, sample, labels)
+    deploy.check_request(
+        path, ".onnx", integer_only=integer_only, minimum_agreement=minimum_agreement, metadata=metadata
+    )
     return deploy.write_onnx(
-        graph,
-        arrays,
+        _traced(model, sample, labels),
         path,
-        expected=expected,
-        labels=_numpy(labels),
         opset=opset,
         integer_only=integer_only,
         minimum_agreement=minimum_agreement,
@@ -97,16 +96,9 @@ def export_litert(
     """
     from crcore import deploy
 
-    graph, arrays, expected = _traced(model, sample, labels)
-    return deploy.write_litert(
-        graph,
-        arrays,
-        path,
-        expected=expected,
-        labels=_numpy(labels),
-        minimum_agreement=minimum_agreement,
-        metadata=metadata,
-    )
+    deploy.check_request(path, ".tflite", minimum_agreement=minimum_agreement, metadata=metadata)
+    traced = _traced(model, sample, labels)
+    return deploy.write_litert(traced, path, minimum_agreement=minimum_agreement, metadata=metadata)
 
 
 def verify(model: keras.Model, sample: Any, path: str | os.PathLike[str], *, labels: Any = None) -> Verification:
@@ -124,24 +116,23 @@ def verify(model: keras.Model, sample: Any, path: str | os.PathLike[str], *, lab
     """
     from crcore import deploy
 
-    graph, arrays, expected = _traced(model, sample, labels)
-    return deploy.verify_file(graph, arrays, path, expected=expected, labels=_numpy(labels))
+    deploy.existing_file(path)
+    return deploy.verify_file(_traced(model, sample, labels), path)
 
 
-def _traced(model: Any, sample: Any, labels: Any) -> tuple[Any, dict[str, Any], Any]:
-    """The marker graph, the sample as the graph takes it, and what the model computes on it."""
-    from crcore.deploy import check_sample
+def _traced(model: Any, sample: Any, labels: Any) -> Traced:
+    """The network as its marker graph, and what it computes on the sample."""
+    from crcore.deploy import Traced
     from crcore_keras._graph import graph_of, marker_graph
 
     is_converted = isinstance(model, keras.Model) and any(isinstance(layer, IntegerLayer) for _, layer in walk(model))
     converted = model if is_converted else convert(model)
     function = graph_of(converted, converted.name)
     arrays = _arrays(function, sample)
-    check_sample(arrays, _numpy(labels))
     graph = marker_graph(converted)
     inputs = keras.tree.pack_sequence_as(function._inputs_struct, list(arrays.values()))
     outputs = converted.predict(inputs, batch_size=_BATCH, verbose=0)
-    return graph, arrays, np.asarray(keras.tree.flatten(outputs)[0], np.float32)
+    return Traced(graph, arrays, np.asarray(keras.tree.flatten(outputs)[0], np.float32), _numpy(labels))
 
 
 def _arrays(function: Any, sample: Any) -> dict[str, Any]:
@@ -182,4 +173,7 @@ def _array(expected: Any, value: Any) -> Any:
 
 
 def _numpy(labels: Any) -> Any:
-    return None if labels is None else np.asarray(ops.convert_to_numpy(labels))
+    try:
+        return None if labels is None else np.asarray(ops.convert_to_numpy(labels))
+    except Exception as error:  # each engine has errors of its own
+        raise CRCoreError(f"labels must be whole numbers [N], got {type(labels).__name__}") from error

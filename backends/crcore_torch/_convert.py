@@ -87,6 +87,8 @@ def convert(model: Model) -> Model:
     >>> convert(student)[0].integer_weight
     IntegerWeight(bits=8, shape=(2, 4), dtype=torch.int8)
     """
+    if not isinstance(model, (nn.Module, Teacher)):
+        raise CRCoreError(f"a model from prepare(...) is needed, got {type(model).__name__}")
     source = unwrapped(model.model if isinstance(model, Teacher) else model)
     quantizers = {name: module for name, module in source.named_modules() if isinstance(module, FakeQuantize)}
     if not any(isinstance(module, QuantizedLayer) for module in source.modules()):

@@ -15,7 +15,7 @@ from crcore_torch._layers import IntegerLayer
 from crcore_torch._teacher import Teacher, unwrapped
 
 if TYPE_CHECKING:  # an extra: only those who export need ONNX
-    from crcore.deploy import Verification
+    from crcore.deploy import Traced, Verification
 
 Sample = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
@@ -60,13 +60,12 @@ def export_onnx(
     """
     from crcore import deploy
 
-    graph, arrays, expected = _traced(model, sample, labels)
+    deploy.check_request(
+        path, ".onnx", integer_only=integer_only, minimum_agreement=minimum_agreement, metadata=metadata
+    )
     return deploy.write_onnx(
-        graph,
-        arrays,
+        _traced(model, sample, labels),
         path,
-        expected=expected,
-        labels=_numpy(labels),
         opset=opset,
         integer_only=integer_only,
         minimum_agreement=minimum_agreement,
@@ -90,16 +89,9 @@ def export_litert(
     """
     from crcore import deploy
 
-    graph, arrays, expected = _traced(model, sample, labels)
-    return deploy.write_litert(
-        graph,
-        arrays,
-        path,
-        expected=expected,
-        labels=_numpy(labels),
-        minimum_agreement=minimum_agreement,
-        metadata=metadata,
-    )
+    deploy.check_request(path, ".tflite", minimum_agreement=minimum_agreement, metadata=metadata)
+    traced = _traced(model, sample, labels)
+    return deploy.write_litert(traced, path, minimum_agreement=minimum_agreement, metadata=metadata)
 
 
 def verify(model: nn.Module, sample: Sample, path: str | os.PathLike[str], *, labels: Any = None) -> Verification:
@@ -117,14 +109,14 @@ def verify(model: nn.Module, sample: Sample, path: str | os.PathLike[str], *, la
     """
     from crcore import deploy
 
-    graph, arrays, expected = _traced(model, sample, labels)
-    return deploy.verify_file(graph, arrays, path, expected=expected, labels=_numpy(labels))
+    deploy.existing_file(path)
+    return deploy.verify_file(_traced(model, sample, labels), path)
 
 
-def _traced(model: nn.Module, sample: Sample, labels: Any) -> tuple[Any, dict[str, Any], Any]:
-    """The marker graph, the sample as the graph takes it, and what the model computes on it."""
-    from crcore.deploy import check_sample
-    from crcore_torch._graph import marker_graph
+def _traced(model: nn.Module, sample: Sample, labels: Any) -> Traced:
+    """The network as its marker graph, and what it computes on the sample."""
+    from crcore.deploy import Traced
+    from crcore_torch._graph import as_float32, marker_graph
 
     source = unwrapped(model.model if isinstance(model, Teacher) else model)
     is_converted = isinstance(source, nn.Module) and any(
@@ -140,31 +132,52 @@ def _traced(model: nn.Module, sample: Sample, labels: Any) -> tuple[Any, dict[st
         raise CRCoreError(
             f"the sample has {len(tensors)} tensors, {type(converted).__name__} reads {names}; leave out the rest"
         )
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-    check_sample(arrays, labels)
-    return graph, arrays, expected
+    arrays = {name: as_float32(tensor).numpy() for name, tensor in zip(names, tensors, strict=True)}
+    # Images that are segmented have their classes where their channels were.
+    return Traced(graph, arrays, expected, _numpy(labels), class_axis=1 if expected.ndim > 3 else -1)
 
 
 def _check(sample: Any) -> None:
-    tensors = list(sample.values()) if isinstance(sample, Mapping) else list(_positional(sample))
-    if not tensors or not all(isinstance(tensor, Tensor) and tensor.ndim and len(tensor) for tensor in tensors):
+    is_known = isinstance(sample, (Tensor, tuple, list, Mapping))
+    tensors = [] if not is_known else list(sample.values() if isinstance(sample, Mapping) else _positional(sample))
+    wrong = next((type(each).__name__ for each in tensors if not isinstance(each, Tensor)), None)
+    if not tensors or wrong:
         raise CRCoreError(
             "sample must be a tensor [N, ...] of real inputs, a tuple of such, or a dictionary of them by argument "
-            f"name; got {type(sample).__name__}"
+            f"name, not {type(sample).__name__}{f' of {wrong}' if wrong else ''}; torch.as_tensor makes one of an array"
         )
+    empty = next((tuple(tensor.shape) for tensor in tensors if tensor.ndim == 0 or len(tensor) == 0), None)
+    if empty is not None:
+        raise CRCoreError(f"sample must hold a batch of real inputs [N, ...], got the shape {empty}")
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, sample: Sample) -> Any:
     """``[N, classes]``: the model's first output on the sample."""
     try:
-        found = [_first(model(*batch[0], **batch[1])) for batch in _batches(model, sample)]
+        outputs = [model(*batch[0], **batch[1]) for batch in _batches(model, sample)]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise CRCoreError(
-            f"{type(model).__name__} does not take the sample ({' '.join(str(error).split())[:200]}); give inputs "
-            "as in training"
+            f"{type(model).__name__} does not take the sample ({' '.join(str(error).split())[:200]}); "
+            f"{_dtypes(model, sample) or 'give inputs as in training'}"
         ) from error
+    found = [tensor for tensor in map(_first, outputs) if tensor is not None]
+    if not found or found[0].ndim == 0:
+        raise CRCoreError(
+            f"the first output of {type(model).__name__} must be a tensor [N, classes], got "
+            f"{'one number' if found else 'none'}; a loss that comes first stays away where the sample has no labels"
+        )
     return torch.cat(found).float().cpu().numpy()
+
+
+def _dtypes(model: nn.Module, sample: Sample) -> str | None:
+    """What to say where the sample's floats are not those of the model."""
+    tensors = sample.values() if isinstance(sample, Mapping) else _positional(sample)
+    given = next((tensor.dtype for tensor in tensors), None)
+    taken = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), given)
+    if given == taken:
+        return None
+    return f"the sample is {given} and the model {taken}; give sample.to({taken}) if it is no index"
 
 
 def _batches(model: nn.Module, sample: Sample) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
@@ -182,11 +195,12 @@ def _positional(sample: Sample) -> tuple[Tensor, ...]:
     return (sample,) if isinstance(sample, Tensor) else tuple(sample)
 
 
-def _first(output: Any) -> Tensor:
+def _first(output: Any) -> Tensor | None:
     """The first tensor of what a model returns, also in a tuple or a dictionary such as transformers' outputs."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return output
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((found for found in map(_first, parts) if found is not None), None)
 
 
 def _numpy(labels: Any) -> Any:

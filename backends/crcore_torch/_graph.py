@@ -124,7 +124,12 @@ def _marked(model: nn.Module) -> nn.Module:
 
 def _two(tensor: Tensor) -> Tensor:
     """Two elements of the batch: torch.export takes sizes of 0 and 1 for constants."""
-    return torch.cat([tensor, tensor])[:2].cpu()
+    return as_float32(torch.cat([tensor, tensor])[:2])
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """A tensor as the graph takes it: exported networks compute in float32, whatever they were trained in."""
+    return (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).cpu()
 
 
 @contextmanager

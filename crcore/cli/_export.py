@@ -14,11 +14,20 @@ from rich.console import Console
 
 import crcore as cr
 from crcore.cli._backends import Backend, Network, backend_name_of, open_backend
-from crcore.cli._choose import chosen_checkpoint
+from crcore.cli._choose import ROLES, chosen_checkpoint
 from crcore.cli._data import Images
 from crcore.cli._errors import CommandError
 from crcore.cli._network_info import NetworkInfo
-from crcore.cli._networks import add_info, data_for, described, load_checkpoint, load_packed, packed_info, view_of
+from crcore.cli._networks import (
+    RUNTIME_SUFFIXES,
+    add_info,
+    data_for,
+    described,
+    load_checkpoint,
+    load_packed,
+    packed_info,
+    view_of,
+)
 
 ENDINGS = {"onnx": ".onnx", "litert": ".tflite", "safetensors": "-packed.safetensors"}  # of `--to`, for default names
 # What the libraries' messages call the command's options.
@@ -47,6 +56,8 @@ def export(
     """Write a file and say what was found in it."""
     _check_options(to, opset, integer_only, samples, minimum_agreement)
     checkpoint = chosen_checkpoint(run, role)
+    if checkpoint.suffix in RUNTIME_SUFFIXES:
+        raise CommandError(f"{checkpoint} is exported already; give the checkpoint or the run that it was made of")
     out = _checked_out(checkpoint, out, to)
     if checkpoint.suffix == ".safetensors" and packed_info(checkpoint) is not None:
         raise CommandError(f"{checkpoint} is exported already; give the checkpoint or the run that it was made of")
@@ -178,6 +189,8 @@ def _checked_out(checkpoint: Path, out: Path | None, to: str) -> Path:
         raise CommandError(f"--out {out}: {why}; name a file in a folder that exists")
     if out.resolve() == checkpoint.resolve():
         raise CommandError(f"--out {out} is the checkpoint itself; give another name")
+    if out.exists() and out.stem in (*ROLES, "float", "progress") and out.suffix == checkpoint.suffix:
+        raise CommandError(f"--out {out} exists and has the name of a checkpoint; give another name")
     return out
 
 
@@ -197,4 +210,4 @@ def _put_in_place(path: Path) -> Iterator[Path]:
             yield temporary
         except cr.CRCoreError as error:  # in the words of the libraries
             raise CommandError(_in_options(str(error).replace(str(temporary), str(path)))) from error
-        temporary.replace(path)
+        temporary.replace(path.resolve())  # a link stays one

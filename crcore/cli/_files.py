@@ -14,7 +14,10 @@ def put_in_place(path: Path, *, ending: str = "") -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.tmp{ending}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner reads
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # what a full disk left of it

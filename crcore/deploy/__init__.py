@@ -15,7 +15,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 from crcore._files import replaced as replaced
-from crcore.deploy._export import check_sample as check_sample
 from crcore.deploy._export import verify_file as verify_file
 from crcore.deploy._export import write_litert as write_litert
 from crcore.deploy._export import write_onnx as write_onnx
@@ -34,6 +33,9 @@ from crcore.deploy._onnx import to_onnx as to_onnx
 from crcore.deploy._prepare import prepared_graph as prepared_graph
 from crcore.deploy._runtimes import Runtime as Runtime
 from crcore.deploy._runtimes import open_runtime as open_runtime
+from crcore.deploy._traced import Traced as Traced
+from crcore.deploy._traced import check_request as check_request
+from crcore.deploy._traced import existing_file as existing_file
 from crcore.deploy._verify import Verification as Verification
 from crcore.deploy._verify import latencies as latencies
 from crcore.deploy._verify import verify as verify

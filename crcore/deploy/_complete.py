@@ -73,7 +73,7 @@ def complete(graph: Graph, sample: Mapping[str, Any], *, entire: bool) -> None:
     ranges = _ranges(graph, [*sources, *results], sample)
     for tensor, fixed in {**dict.fromkeys(sources, False), **results}.items():
         _quantize(graph, tensor, ranges[tensor], fixed=fixed, outputs=entire)
-    _make_room_for_biases(graph)
+    make_room_for_biases(graph)
     if entire:
         _bound_multipliers(graph)
 
@@ -308,11 +308,15 @@ def float_session(model: onnx.ModelProto) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _make_room_for_biases(graph: Graph) -> None:
+def make_room_for_biases(graph: Graph, finer: Mapping[str, int] | None = None) -> None:
     """Let every bias fit the accumulator of 32 bits, whose step is the product of the scales.
 
     A channel that batch normalization has all but switched off has a scale near zero and a bias that is not: its scale
     is raised to where the bias takes 30 bits, which leaves what the channel's weights contribute negligible.
+
+    Args:
+        graph: changed in place.
+        finer: by weight, by what whole number its scale is going to be divided.
     """
     makers = graph.makers()
     for node in graph.nodes:
@@ -322,7 +326,7 @@ def _make_room_for_biases(graph: Graph) -> None:
         if data is None or not data.is_quantizer or weight is None or not weight.is_weight:
             continue
         scale = graph.constants[weight.inputs[1]]
-        step = graph.constants[data.inputs[1]]
+        step = graph.constants[data.inputs[1]] / np.float32((finer or {}).get(weight.output, 1))
         least = np.abs(graph.constants[node.inputs[2]]) / (step * np.float32(2**30))
         least = np.maximum(least if scale.ndim else least.max(), np.float32(2.0**-100)).astype(np.float32)
         if (np.abs(scale) < least).any():

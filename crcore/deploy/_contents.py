@@ -15,7 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from crcore import CRCoreError
-from crcore.deploy._graph import Graph
+from crcore.deploy._graph import Graph, codes_by_layer
 from crcore.deploy._loading import onnx_model
 
 # In an ONNX file: the initializer <layer>.codes, and the codes that the layer reads, see `to_onnx`.
@@ -74,15 +74,14 @@ def integers(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {layer: codes.astype(np.int32) for layer, codes in named.items()}
 
 
-def differing_layers(path: Path, codes: Mapping[str, Any], graph: onnx.ModelProto | None) -> tuple[str, ...]:
+def differing_layers(path: Path, graph: onnx.ModelProto) -> tuple[str, ...]:
     """The layers that a file does not hold as they were trained, in the network's order.
 
     Args:
         path: an exported file.
-        codes: the trained integers by layer.
-        graph: the marker graph that was exported; with it, the grids of the layers' inputs are compared too.
+        graph: the marker graph that was exported.
     """
-    weights, quantizers = markers(graph) if graph is not None else ({}, {})
+    (weights, quantizers), codes = markers(graph), codes_by_layer(graph)
     if path.suffix == ".tflite":
         stored = litert_weights(path)
         return tuple(

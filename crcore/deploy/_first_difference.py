@@ -140,10 +140,12 @@ def _litert_codes(
 
 
 def _error(trained: Any, found: Any) -> float:
-    """The sum of the differences of codes over the sum of the codes; images may have their channels last."""
-    if found.shape != trained.shape and trained.ndim == 4:
-        found = found.transpose(0, 3, 1, 2)
+    """The sum of the differences of codes over the sum of the codes; images may have their channels last.
+
+    Shapes do not always tell which it is (8 channels of 8x8), but codes in another order are far off.
+    """
     if found.size != trained.size:
         return 0.0
-    difference = np.abs(found.reshape(trained.shape) - trained).sum()
-    return float(difference / max(np.abs(trained).sum(), 1.0))
+    orders = [found, found.transpose(0, 3, 1, 2)] if trained.ndim == found.ndim == 4 else [found.reshape(trained.shape)]
+    differences = [np.abs(order - trained).sum() for order in orders if order.shape == trained.shape]
+    return float(min(differences) / max(np.abs(trained).sum(), 1.0))

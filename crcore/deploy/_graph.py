@@ -189,6 +189,11 @@ def codes_by_layer(model: onnx.ModelProto) -> dict[str, Any]:
     return {node.attributes["layer"]: graph.constants[node.inputs[0]].astype(np.int32) for node in weights}
 
 
+def counted(layers: list[str]) -> str:
+    """How many layers, and the first of them."""
+    return f"{len(layers)} layer{'s' * (len(layers) > 1)} ({', '.join([*layers[:3], *['...'] * (len(layers) > 3)])})"
+
+
 def weight_values(graph: Graph, node: Node) -> Any:
     """The float32 values of an ``IntegerWeight``."""
     codes, scale, zero_point = (graph.constants[name] for name in node.inputs)

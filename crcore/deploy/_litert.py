@@ -6,10 +6,7 @@ trained ranges, so that the integers in the file are those that training left.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import onnx
@@ -21,6 +18,7 @@ from crcore.deploy._litert_file import metadata_of as metadata_of
 from crcore.deploy._litert_file import with_metadata as with_metadata
 from crcore.deploy._litert_network import Network
 from crcore.deploy._litert_ops import OPERATORS
+from crcore.deploy._loading import quiet
 
 
 def to_litert(model: onnx.ModelProto) -> bytes:
@@ -46,7 +44,8 @@ def to_litert(model: onnx.ModelProto) -> bytes:
             f"layer {weight.attributes['layer']!r} has integer weights and no activation is quantized; LiteRT's "
             "integer kernels need both: train with activations=..., or export to ONNX"
         )
-    with _quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         tf = _tensorflow()
         converted = _converted(tf, graph, is_integer)
     return finished(converted, inputs=graph.inputs, outputs=graph.outputs, is_integer=is_integer)
@@ -77,10 +76,14 @@ def _converted(tf: Any, graph: Graph, is_integer: bool) -> bytes:
 def _shape(graph: Graph, name: str) -> list[int | None]:
     """The shape of an input, its batch free."""
     (described,) = (value for value in graph.model.graph.input if value.name == name)
+    kind = described.type.tensor_type.elem_type
+    if kind != onnx.TensorProto.FLOAT:
+        given = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        raise CRCoreError(f"input {name!r} is {given}, and LiteRT files of crcore take float32; export to ONNX instead")
     sizes = [dim.dim_value for dim in described.type.tensor_type.shape.dim]
-    if described.type.tensor_type.elem_type != onnx.TensorProto.FLOAT or any(size <= 0 for size in sizes[1:]):
+    if any(size <= 0 for size in sizes[1:]):
         raise CRCoreError(
-            f"input {name!r} must be float32 with every size known but the batch's, got {sizes} (0 is unknown); "
+            f"input {name!r} must have every size known but the batch's, got {sizes} (0 is unknown); "
             "trace the network with a sample of the size that it is used with"
         )
     return [None, *sizes[1:]]
@@ -94,21 +97,3 @@ def _tensorflow() -> Any:
             "LiteRT files are written by TensorFlow's converter, which cannot be imported; pip install tensorflow"
         ) from error
     return tensorflow
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what TensorFlow says while it starts and converts.
-
-    Its C++ part writes to the file descriptor, past Python, at a level that only an environment variable sets, and
-    only before the first import.
-    """
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from crcore import CRCoreError
 from crcore.deploy._graph import Graph, Node
 from crcore.deploy._litert_grids import Grid, Grids
+from crcore.deploy._loading import one_line
 
 LARGEST = 127  # int8 kernels take weights from -127 to 127
 # The converter takes channels that span less than 1e-6 for zeros. Normalization can switch a channel off to below that.
@@ -252,5 +253,10 @@ def _computed(node: Node, constants: Mapping[str, Any]) -> Any:
     """What a node makes of constants."""
     domain, _, op = node.op.rpartition(".")
     proto = helper.make_node(op, node.inputs, node.outputs, domain=domain, **node.attributes)
-    outputs: Any = ReferenceEvaluator(proto).run(None, {name: constants[name] for name in node.inputs if name})
+    try:
+        outputs: Any = ReferenceEvaluator(proto).run(None, {name: constants[name] for name in node.inputs if name})
+    except Exception as error:  # for instance sizes that depend on the batch, which no constant holds
+        raise CRCoreError(
+            f"operator {op} ({node.output!r}) has no form in LiteRT ({one_line(error)}); export to ONNX instead"
+        ) from error
     return outputs[0]

@@ -81,7 +81,10 @@ def litert_interpreter(path: Path, content: bytes, **options: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what C++ libraries write to the standard error stream, past Python, whatever its log level."""
+    """Without what C++ libraries write to the standard error stream, past Python, whatever its log level.
+
+    TensorFlow's is set by an environment variable alone, and only before the first import.
+    """
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:

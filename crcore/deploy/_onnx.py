@@ -9,7 +9,7 @@ from onnx import helper, numpy_helper, version_converter
 
 from crcore import CRCoreError
 from crcore.deploy._complete import fits_byte
-from crcore.deploy._graph import OPSET, Graph
+from crcore.deploy._graph import OPSET, Graph, counted
 from crcore.deploy._qdq import PACKED, PACKED_2, PACKED_4, WIDE, as_products, clip_as_codes, width_of, write_markers
 
 OLDEST, NEWEST = 14, 25  # onnx converts the operators of usual networks no further back
@@ -58,7 +58,7 @@ def _best_opset(graph: Graph, widths: Mapping[str, int]) -> int:
 
 def _notice(layers: list[str], opset: int, best: int) -> str:
     return (
-        f"opset {opset} has no type as narrow as the weights of {len(layers)} layers ({', '.join(layers[:3])}, ...): "
+        f"opset {opset} has no type as narrow as the weights of {counted(layers)}: "
         f"their integers are stored as they are in a wider one; opset={best} packs them"
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from crcore.deploy._complete import fits_byte
+from crcore.deploy._complete import fits_byte, make_room_for_biases
 from crcore.deploy._graph import Graph, Node, quantize_in_float
 
 PACKED_4, PACKED_2 = 21, 25  # the opsets that brought int4 and int2
@@ -110,6 +110,8 @@ def write_markers(graph: Graph, opset: int, integer_only: bool) -> dict[str, int
     """Replace the markers; returns the type of each layer whose integers are to be packed."""
     packed: dict[str, int] = {}
     finer = _finer_steps(graph) if integer_only else {}
+    if integer_only:
+        make_room_for_biases(graph, finer)
     _leave_coarse_in_float(graph, finer)
     makers, readers = graph.makers(), graph.readers()
     nodes: list[Node] = []

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from crcore import CRCoreError
 from crcore.deploy._contents import differing_layers
 from crcore.deploy._first_difference import LIMIT, first_difference, makers_of
+from crcore.deploy._graph import codes_by_layer
 from crcore.deploy._runtimes import Runtime, open_runtime
+from crcore.deploy._traced import Traced, check_minimum
 
 MINIMUM_AGREEMENT = 99.5  # percent
 _STEPS = 255  # of the grid in which float outputs are compared
+_NEAR = 0.05  # of the range of an output of one value: values as far apart count as the same
 _ROUNDS = 15  # of timing
 _COMPARED = 32  # elements of the sample whose activations are compared
 
@@ -33,7 +35,9 @@ class Verification:
     samples: int  # N
     # The largest |difference| of outputs, in steps of the file's 8-bit output; of 1/255 of the range if it is float.
     max_code_difference: float
-    agreement: float  # percent of the sample on which the largest outputs of file and network are the same
+    # Percent of the sample on which the largest outputs of file and network are the same; of an output of one value,
+    # on which it is as good as the same.
+    agreement: float
     expected_accuracy: float | None  # percent, of the trained network; None without labels
     accuracy: float | None  # percent, of the file
     size: int  # bytes
@@ -43,6 +47,7 @@ class Verification:
     layers: int  # how many have trained integers
     differing_layers: tuple[str, ...]  # whose integers, or the grid of whose input, are not the trained ones, in order
     first_difference: str | None  # where activations leave those of the trained network; None where they do not
+    classes: int = 0  # how many outputs are compared for the largest
     notices: tuple[str, ...] = ()  # what the user should know of the file
 
     def check(self, minimum_agreement: float = MINIMUM_AGREEMENT) -> None:
@@ -54,6 +59,7 @@ class Verification:
         Raises:
             CRCoreError: integers or grids are not the trained ones, or the file agrees too seldom.
         """
+        check_minimum(minimum_agreement)
         if self.differing_layers:
             raise CRCoreError(
                 f"{self.path} does not hold what was trained: {len(self.differing_layers)} of {self.layers} layers "
@@ -62,7 +68,8 @@ class Verification:
         if not self.agreement >= minimum_agreement:
             where = f"; first differs {self.first_difference}" if self.first_difference else ""
             raise CRCoreError(
-                f"{self.path} agrees with the trained network on the class of {self.agreement:.3f} % of {self.samples} "
+                f"{self.path} agrees with the trained network on the {self._what} of {self.agreement:.3f} % of "
+                f"{self.samples} "
                 f"inputs, and {minimum_agreement:g} % are required{where}; a larger sample of real inputs gives better "
                 "ranges, integer_only=False (ONNX) leaves in float what training left in float, and minimum_agreement "
                 "can be lowered for a network that is unsure of its classes"
@@ -74,7 +81,7 @@ class Verification:
         if self.accuracy is not None and self.expected_accuracy is not None:
             rows.append(("accuracy", f"{self.accuracy:.2f} %", f"{self.expected_accuracy:.2f} %", ""))
         rows += [
-            ("same class", f"{self.agreement:.2f} %", "", f"of {self.samples} inputs"),
+            (f"same {self._what}", f"{self.agreement:.2f} %", "", f"of {self.samples} inputs"),
             ("largest difference", f"{self.max_code_difference:.1f}", "", "steps of the 8-bit output"),
             ("layers as trained", f"{self.layers - len(self.differing_layers)}", f"{self.layers}", ""),
             ("", "file", "float", "ratio"),
@@ -88,64 +95,65 @@ class Verification:
         first = [f"first differs {self.first_difference}"] if self.first_difference else []
         return "\n".join([f"{self.path} in {self.runtime}", *lines, *first, *self.notices])
 
+    @property
+    def _what(self) -> str:
+        return "value" if self.classes == 1 else "class"
+
     def to_dict(self) -> dict[str, Any]:
         """A form for JSON."""
         return asdict(self)
 
 
 def verify(
-    path: str | os.PathLike[str],
-    *,
-    expected: Any,
-    sample: Mapping[str, Any],
-    codes: Mapping[str, Any],
-    labels: Any = None,
-    float_path: str | os.PathLike[str] | None = None,
-    graph: onnx.ModelProto | None = None,
+    path: str | os.PathLike[str], traced: Traced, *, float_path: str | os.PathLike[str] | None = None
 ) -> Verification:
     """Run an exported file and say how far it computes what was trained.
 
     Args:
         path: ``.onnx`` or ``.tflite``.
-        expected: ``[N, classes]``, what the trained network computes on the sample.
-        sample: arrays ``[N, ...]`` by input name.
-        codes: the trained integers by layer, see `codes_by_layer`.
-        labels: ``[N]`` classes, for the accuracies.
+        traced: the network that it was written from.
         float_path: the same network in float, in a file for the same runtime, for the ratios.
-        graph: the marker graph that was exported; with it, grids and activations are compared as well.
 
     Raises:
         CRCoreError: a file cannot be run, or does not take the sample.
     """
     file = Path(path)
     runtime = open_runtime(file)
-    trained, found = np.asarray(expected, np.float32), runtime.run(sample)
+    trained, found = np.asarray(traced.expected, np.float32), runtime.run(traced.sample)
     if found.shape != trained.shape:
         raise CRCoreError(f"{file} gives an output of the shape {found.shape}, the trained network {trained.shape}")
-    classes, named = (values.reshape(-1, values.shape[-1]).argmax(axis=1) for values in (trained, found))
-    same = (classes == named) & np.isfinite(found).reshape(len(named), -1).all(axis=1)
-    differing = differing_layers(file, codes, graph)
-    where = None
-    if graph is not None:
-        where = _where(file, graph, sample, same.reshape(len(trained), -1).all(axis=1))
+    axis, codes = traced.class_axis, codes_by_layer(traced.graph)
+    classes, named = trained.argmax(axis), found.argmax(axis)
+    same = (classes == named) & np.isfinite(found).all(axis)
+    if traced.classes == 1:
+        same = (np.abs(found - trained) <= _NEAR * np.ptp(trained)).all(axis)
     twin = open_runtime(float_path) if float_path is not None else None
-    latency, *float_latency = latencies([runtime] if twin is None else [runtime, twin], sample)
+    latency, *float_latency = latencies([runtime] if twin is None else [runtime, twin], traced.sample)
+    right = None if traced.labels is None else [100 * float((c == traced.labels).mean()) for c in (classes, named)]
     return Verification(
         path=str(file),
         runtime=runtime.name,
         samples=len(trained),
         max_code_difference=_code_difference(trained, found, runtime.step),
         agreement=100 * float(same.mean()),
-        expected_accuracy=None if labels is None else 100 * float((classes == np.asarray(labels)).mean()),
-        accuracy=None if labels is None else 100 * float((named == np.asarray(labels)).mean()),
+        expected_accuracy=None if right is None else right[0],
+        accuracy=None if right is None else right[1],
         size=file.stat().st_size,
         float_size=None if twin is None else twin.path.stat().st_size,
         latency=latency,
         float_latency=float_latency[0] if float_latency else None,
         layers=len(codes),
-        differing_layers=differing,
-        first_difference=where,
+        differing_layers=differing_layers(file, traced.graph),
+        first_difference=_where(file, traced, same.reshape(len(trained), -1).all(axis=1)),
+        classes=traced.classes,
+        notices=_unseen(traced),
     )
+
+
+def _unseen(traced: Traced) -> tuple[str, ...]:
+    """What to say of outputs that are not compared."""
+    names = [value.name for value in traced.graph.graph.output]
+    return (f"the network has {len(names)} outputs; agreement is that of the first, {names[0]!r}",) * (len(names) > 1)
 
 
 def latencies(
@@ -171,12 +179,12 @@ def _code_difference(trained: Any, found: Any, step: float | None) -> float:
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
-def _where(file: Path, graph: onnx.ModelProto, sample: Mapping[str, Any], same: Any) -> str | None:
+def _where(file: Path, traced: Traced, same: Any) -> str | None:
     """Where the file begins to differ, on the elements of the sample that tell most."""
     chosen = np.argsort(same, kind="stable")[:_COMPARED]
-    found = first_difference(file, graph, {name: array[chosen] for name, array in sample.items()})
+    found = first_difference(file, traced.graph, {name: array[chosen] for name, array in traced.sample.items()})
     if found is None and 100 * same.mean() < MINIMUM_AGREEMENT:
-        last = " and ".join(map(repr, makers_of(graph, None))) or "no layer"
+        last = " and ".join(map(repr, makers_of(traced.graph, None))) or "no layer"
         return f"the output, which is computed by {last}: no layer's input is off by more than {100 * LIMIT:.0f} %"
     return found
 

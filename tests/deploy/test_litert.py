@@ -553,9 +553,9 @@ def test_weights_of_minus_128_become_their_neighbours_and_are_counted(tmp_path: 
     model, sample = g.model(g.node("Gemm", s8(g, "x", 0.02), weight, transB=1)), g.sample(64)
     path = tmp_path / "net.tflite"
     (expected,) = trained(model, sample)
-    found = deploy.write_litert(model, sample, path, expected=expected, minimum_agreement=90)
+    found = deploy.write_litert(deploy.Traced(model, sample, expected), path, minimum_agreement=90)
     assert found.differing_layers == ()
-    assert "3 weights of 1 layers (head, ...) have the code -128" in found.notices[0]
+    assert "3 weights of 1 layer (head) have the code -128" in found.notices[0]
     assert "narrow=True" in found.notices[0]
     ((stored, _),) = weights_of(path.read_bytes())
     assert np.array_equal(stored.reshape(6, 10), np.maximum(codes, -127))
@@ -573,7 +573,7 @@ def test_a_channel_that_normalization_blew_up_is_kept_within_what_the_kernels_ta
     y = g.node("Relu", g.node("Conv", s8(g, x, 0.02), weight, g.floats([0.1, 0.5, -0.2, 0.3])))
     model, sample = g.model(g.gemm(s8(g, g.node("Flatten", y), 0.02), 256, 5, layer="head")), g.sample(64)
     (expected,) = trained(model, sample)
-    found = deploy.write_litert(model, sample, tmp_path / "net.tflite", expected=expected, minimum_agreement=0)
+    found = deploy.write_litert(deploy.Traced(model, sample, expected), tmp_path / "net.tflite", minimum_agreement=0)
     assert found.differing_layers == ()  # its bias, rounded to the steps of its accumulator, is another matter
 
 

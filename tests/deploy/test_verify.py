@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from small_graphs import GraphMaker
 
 from crcore import CRCoreError
-from crcore.deploy import codes_by_layer, expanded, float_twin, prepared_graph, to_onnx
+from crcore.deploy import Traced, codes_by_layer, expanded, float_twin, prepared_graph, to_onnx
 from crcore.deploy._litert import to_litert
 from crcore.deploy._litert_file import _read, _written
 from crcore.deploy._loading import onnx_session
@@ -35,9 +35,8 @@ class Exported:
     expected: Any
     folder: Path
 
-    def verified(self, path: Path, **more: Any) -> Verification:
-        options = {"graph": self.graph, **more}
-        return verify(path, expected=self.expected, sample=self.sample, codes=codes_by_layer(self.graph), **options)
+    def verified(self, path: Path, *, labels: Any = None, float_path: Path | None = None) -> Verification:
+        return verify(path, Traced(self.graph, self.sample, self.expected, labels), float_path=float_path)
 
 
 def computed(graph: onnx.ModelProto, sample: dict[str, Any]) -> Any:
@@ -185,12 +184,6 @@ def test_a_wrong_scale_in_the_last_layer_is_named(exported: Exported) -> None:
         found.check()
 
 
-def test_without_the_graph_a_wrong_scale_is_a_low_agreement(exported: Exported) -> None:
-    found = exported.verified(broken_onnx(exported, mid__scale=lambda old: old[::-1] * np.float32(2)), graph=None)
-    with pytest.raises(CRCoreError, match=r"of 400 inputs, and 99.5 % are required;"):
-        found.check()
-
-
 def broken_litert(exported: Exported, change: Callable[[Any, Any], None]) -> Path:
     model = _read((exported.folder / "net.tflite").read_bytes())
     change(model, model.subgraphs[0])
@@ -255,7 +248,7 @@ def test_layers_that_are_swapped_are_noticed_in_litert(exported: Exported) -> No
 
 def test_outputs_that_are_no_numbers_do_not_agree(exported: Exported) -> None:
     found = exported.verified(
-        broken_onnx(exported, **{classifier_scale(exported): lambda old: old * np.float32("nan")}), graph=None
+        broken_onnx(exported, **{classifier_scale(exported): lambda old: old * np.float32("nan")})
     )
     assert found.agreement == 0.0
     assert found.max_code_difference == np.inf
@@ -263,9 +256,4 @@ def test_outputs_that_are_no_numbers_do_not_agree(exported: Exported) -> None:
 
 def test_an_output_of_another_shape_is_an_error(exported: Exported) -> None:
     with pytest.raises(CRCoreError, match=r"shape \(400, 10\), the trained network \(400, 3\)"):
-        verify(
-            exported.folder / "net.onnx",
-            expected=exported.expected[:, :3],
-            sample=exported.sample,
-            codes=codes_by_layer(exported.graph),
-        )
+        verify(exported.folder / "net.onnx", Traced(exported.graph, exported.sample, exported.expected[:, :3]))
