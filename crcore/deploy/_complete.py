@@ -21,8 +21,8 @@ from crcore.deploy._graph import DOMAIN, FAKE_QUANTIZE, Graph, Node, expanded
 
 BITS = 8
 _STEPS = 2**BITS - 1
-# Operators whose results are values that they were given, or zero.
-PASSIVE = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+# Operators whose results are values that they were given, or zero: see `is_passive`.
+_PASSIVE = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 # Operators that follow another one without a rounding in between: integer kernels clip where they round.
 _ACTIVATIONS = ("Relu", "Clip")
 _ELEMENTWISE = ("Add", "Mul", "Sub", "Concat", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu")
@@ -78,6 +78,14 @@ def complete(graph: Graph, sample: Mapping[str, Any], *, entire: bool) -> None:
         _bound_multipliers(graph)
 
 
+def is_passive(graph: Graph, node: Node) -> bool:
+    """Whether an operator only moves values about; a ``Pad`` adds zeros at most."""
+    fills = node.op == "Pad" and node.attributes.get("mode", "constant") == "constant" and node.inputs[2:]
+    if fills and fills[0] and np.any(graph.constants.get(fills[0], 1)):
+        return False
+    return node.op in _PASSIVE
+
+
 def _integer_region(graph: Graph, operators: tuple[str, ...]) -> list[Node]:
     """The operators that can compute with integers: their inputs come from such, and such read their results.
 
@@ -85,7 +93,7 @@ def _integer_region(graph: Graph, operators: tuple[str, ...]) -> list[Node]:
     """
     makers, readers = graph.makers(), graph.readers()
     region = {id(node) for node in graph.nodes if _can_be_integer(graph, node, operators, makers)}
-    parts = {id(node) for node in graph.nodes if node.op in PASSIVE or _belongs(graph, node, makers)}
+    parts = {id(node) for node in graph.nodes if is_passive(graph, node) or _belongs(graph, node, makers)}
     while True:
         leaving = {
             id(node)
@@ -121,7 +129,7 @@ def _reads_integers(graph: Graph, node: Node, region: set[int], makers: Mapping[
         return True
     for name in node.inputs:
         maker = makers.get(name)
-        while maker is not None and (maker.op in PASSIVE or _belongs(graph, maker, makers)):
+        while maker is not None and (is_passive(graph, maker) or _belongs(graph, maker, makers)):
             name, maker = maker.inputs[0], makers.get(maker.inputs[0])
         known = name in graph.constants or name in graph.inputs or name == ""
         if not known and (maker is None or not (maker.is_quantizer or id(maker) in region)):
@@ -155,7 +163,7 @@ def _is_used_by(graph: Graph, tensor: str, region: list[Node]) -> bool:
     """Whether an operator of the region reads the tensor as it is, or moved about."""
     inside = {id(node) for node in region}
     return any(
-        id(reader) in inside or (reader.op in PASSIVE and _is_used_by(graph, reader.output, region))
+        id(reader) in inside or (is_passive(graph, reader) and _is_used_by(graph, reader.output, region))
         for reader in graph.readers()[tensor]
     )
 
@@ -181,7 +189,10 @@ def _quantize(graph: Graph, tensor: str, found: tuple[float, float], *, fixed: b
 def _insert(graph: Graph, tensor: str, grid: Grid) -> None:
     readers = graph.readers()[tensor]
     same = next((node for node in readers if node.is_quantizer and _grid_of(graph, node) == grid), None)
-    if same is None:
+    if same is not None:  # what read the tensor before it reads it from now on
+        graph.nodes.remove(same)
+        _insert_after(graph, tensor, same)
+    else:
         output = tensor in graph.outputs
         source = tensor
         if output:  # the quantizer takes over its name
@@ -207,7 +218,7 @@ def _insert(graph: Graph, tensor: str, grid: Grid) -> None:
         if reader is not same:
             reader.inputs = [same.output if name == tensor else name for name in reader.inputs]
     for reader in readers:
-        if reader.op in PASSIVE and not _is_rounded_next(graph, reader.output, grid):
+        if is_passive(graph, reader) and not _is_rounded_next(graph, reader.output, grid):
             _insert(graph, reader.output, grid)
 
 
@@ -224,15 +235,15 @@ def _is_rounded_next(graph: Graph, tensor: str, grid: Grid) -> bool:
 def _trained_grids(graph: Graph, tensor: str, readers: Mapping[str, list[Node]]) -> Iterator[Node]:
     """The trained quantizers that read the tensor, also behind operators that only move its values about."""
     for reader in readers[tensor]:
-        if reader.is_quantizer:
+        if reader.is_quantizer and not reader.attributes.get("binary"):
             yield reader
-        elif reader.op in PASSIVE:
+        elif is_passive(graph, reader):
             yield from _trained_grids(graph, reader.output, readers)
 
 
 def _has_other_readers(graph: Graph, tensor: str, readers: Mapping[str, list[Node]]) -> bool:
     return tensor in graph.outputs or any(
-        not reader.is_quantizer and (reader.op not in PASSIVE or _has_other_readers(graph, reader.output, readers))
+        not reader.is_quantizer and (not is_passive(graph, reader) or _has_other_readers(graph, reader.output, readers))
         for reader in readers[tensor]
     )
 
@@ -250,14 +261,14 @@ def subdivided(trained: Grid, needed: tuple[float, float] | None) -> Grid | None
     """
     low, high = (trained.low, trained.high) if needed is None else (min(needed[0], 0.0), max(needed[1], 0.0))
     step = float(trained.scale)
+    if not trained.lo <= trained.zero_point <= trained.hi:  # without a zero, which the finer one needs
+        return None
     for k in range(_STEPS, 0, -2):
         lo, hi = round(low * k / step), round(high * k / step)
         if hi - lo <= _STEPS:
-            if k == 1 and trained.hi - trained.lo == _STEPS and needed is None:
-                return trained
             # Unsigned, with the room that is left over above the range.
             zero_point = -lo if lo < 0 else 0
-            if k == 1 and trained.hi - trained.lo == _STEPS and _holds(trained, low, high):
+            if k == 1 and trained.hi - trained.lo == _STEPS and (needed is None or _holds(trained, low, high)):
                 return trained
             return Grid(np.float32(trained.scale / np.float32(k)), zero_point, 0, _STEPS)
     return None
@@ -321,6 +332,8 @@ def make_room_for_biases(graph: Graph, finer: Mapping[str, int] | None = None) -
     makers = graph.makers()
     for node in graph.nodes:
         if node.op not in LINEAR or len(node.inputs) < 3 or node.inputs[2] not in graph.constants:
+            continue
+        if node.op == "ConvTranspose":  # without an integer kernel
             continue
         data, weight = makers.get(node.inputs[0]), makers.get(node.inputs[1])
         if data is None or not data.is_quantizer or weight is None or not weight.is_weight:

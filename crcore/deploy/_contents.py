@@ -44,15 +44,20 @@ class OnnxContents:
     def grid(self, codes: str) -> tuple[Any, Any] | None:
         """The scale and the zero point with which a tensor of codes is dequantized, where it is.
 
-        Between packed codes and their DequantizeLinear stand operators that only change their type.
+        Between packed codes and their DequantizeLinear stand operators that change their type, and a whole number by
+        which they are multiplied.
         """
+        factor = 1
         for _ in range(_DEEPEST):
             node = self._readers.get(codes)
             if node is None:
                 return None
             if node.op_type == "DequantizeLinear":
-                scale, *zero_point = (self.constants.get(name) for name in node.input[1:])
-                return scale, zero_point[0] if zero_point else np.uint8(0)
+                scale, *zero_points = (self.constants.get(name) for name in node.input[1:])
+                zero_point: Any = zero_points[0] if zero_points else np.uint8(0)
+                return scale, zero_point if factor == 1 else zero_point / factor
+            if node.op_type == "Mul":
+                factor = int(self.constants[node.input[1]])
             codes = node.output[0]
         return None
 
@@ -96,7 +101,7 @@ def differing_layers(path: Path, graph: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(
         layer
         for layer, trained in codes.items()
-        if not _is_same(trained, contents.constants.get(f"{layer}{_CODES}"))
+        if not _is_written(trained, contents.constants.get(f"{layer}{_CODES}"))
         or not _has_zero_point(contents.grid(f"{layer}{_CODES}"), weights.get(layer))
         or not _has_grid(contents.grid(f"{layer}{INPUT_CODES}"), quantizers.get(layer))
     )
@@ -132,7 +137,7 @@ def found_in(stored: list[StoredWeight], codes: Any, described: Mapping[str, Any
         centred = centred - zero_point
     # LiteRT's integers end at 127: a weight of 128 steps is stored as its neighbour, which is no damage to the file.
     centred = np.where(np.abs(centred) == 128, np.sign(centred) * 127, centred)
-    return [weight for weight in stored if _is_same(centred, weight.codes, any_sign=True)]
+    return [weight for weight in stored if _is_same(centred, weight.codes)]
 
 
 def litert_weights(path: Path) -> list[StoredWeight]:
@@ -160,15 +165,20 @@ def _weights_of(operator: Any, graph: Any, model: Any, int8: int) -> Iterator[St
             yield StoredWeight(tensor.name.decode(), codes, int(source), 0.0 if steps is None else float(steps[0]))
 
 
-def _is_same(trained: Any, stored: Any | None, *, any_sign: bool = False) -> bool:
-    """Whether integers are equal, whatever the order of their axes; ``any_sign``: up to the sign of each channel."""
+def _is_written(trained: Any, stored: Any | None) -> bool:
+    """Whether an ONNX file's integers are these; matrices may be transposed for the operator that multiplies."""
     if stored is None:
         return False
+    return np.array_equal(trained, stored) or (trained.ndim == 2 and np.array_equal(trained.T, stored))
+
+
+def _is_same(trained: Any, stored: Any) -> bool:
+    """Whether integers are equal, whatever the order of their axes and the sign of each channel."""
     a, b = np.squeeze(trained.astype(np.int32)), np.squeeze(stored.astype(np.int32))
     if sorted(a.shape) != sorted(b.shape) or not np.array_equal(_counts(a), _counts(b)):
         return False
     layouts = (b.transpose(order) for order in permutations(range(b.ndim)))
-    return any(_is_equal(a, layout, any_sign) for layout in layouts if layout.shape == a.shape)
+    return any(_is_equal(a, layout) for layout in layouts if layout.shape == a.shape)
 
 
 def _counts(codes: Any) -> Any:
@@ -176,9 +186,9 @@ def _counts(codes: Any) -> Any:
     return np.unique(np.abs(codes), return_counts=True)
 
 
-def _is_equal(a: Any, b: Any, any_sign: bool) -> bool:
-    if not any_sign or a.ndim == 0:
-        return np.array_equal(a, b) or (any_sign and np.array_equal(a, -b))
+def _is_equal(a: Any, b: Any) -> bool:
+    if a.ndim == 0:
+        return bool(abs(a) == abs(b))
     for axis in range(a.ndim):
         rows_a, rows_b = (np.moveaxis(codes, axis, 0).reshape(codes.shape[axis], -1) for codes in (a, b))
         if ((rows_a == rows_b).all(axis=1) | (rows_a == -rows_b).all(axis=1)).all():
@@ -194,15 +204,16 @@ def _has_step(found: float, trained: Mapping[str, Any] | None) -> bool:
 def _has_zero_point(found: tuple[Any, Any] | None, trained: Mapping[str, Any] | None) -> bool:
     """Whether a weight's zero point is the trained one, for each channel or for all."""
     if trained is None or found is None:
-        return True
-    stored, known = (np.asarray(value, np.int64).ravel() for value in (found[1], trained["zero_point"]))
+        return trained is None
+    stored, known = (np.asarray(value, np.float64).ravel() for value in (found[1], trained["zero_point"]))
     return (len(stored) in (1, len(known)) or len(known) == 1) and bool((stored == known).all())
 
 
 def _has_grid(found: tuple[Any, Any] | None, trained: Mapping[str, Any] | None) -> bool:
     """Whether the grid of a layer's input is the trained one, which is stored as unsigned integers."""
-    if trained is None or found is None:
-        return True
+    if trained is None or found is None:  # two values, and 16 bits in an old opset, are computed in float
+        return trained is None or bool(trained.get("binary")) or trained["hi"] - trained["lo"] > np.iinfo(np.uint8).max
     scale, zero_point = found
-    shift = (int(np.iinfo(zero_point.dtype).max) + 1) // 2 if trained["lo"] < 0 else 0
-    return bool(scale == trained["scale"] and int(zero_point) - shift == int(trained["zero_point"]))
+    half = (int(np.iinfo(zero_point.dtype).max) + 1) // 2
+    shifts = (0, half) if trained["lo"] < 0 else (0,)  # 0: behind a ReLU, which leaves the upper half of the grid
+    return bool(scale == trained["scale"] and int(zero_point) - int(trained["zero_point"]) in shifts)

@@ -41,6 +41,12 @@ def to_onnx(
         raise CRCoreError(
             f"opset must be a whole number from {OLDEST} to {NEWEST}, got {opset!r}; {best} suits this network"
         )
+    wide = [layer for layer, width in widths.items() if width > 8]
+    if wide and opset < WIDE:
+        raise CRCoreError(
+            f"opset {opset} has no integers of 16 bits, which the weights of {counted(wide)} take; give opset={WIDE} "
+            "or more, or leave it out"
+        )
     if integer_only:
         clip_as_codes(graph)
     as_products(graph)
@@ -53,6 +59,7 @@ def to_onnx(
 
 def _best_opset(graph: Graph, widths: Mapping[str, int]) -> int:
     wide = any(not (fits_byte(n) or n.attributes.get("binary")) for n in graph.nodes if n.is_quantizer)
+    wide = wide or any(width > 8 for width in widths.values())
     return max([OPSET, *(PACKED[w][2] for w in widths.values() if w in PACKED), *([WIDE] if wide else [])])
 
 

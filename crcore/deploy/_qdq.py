@@ -156,9 +156,9 @@ def _finer_steps(graph: Graph) -> dict[str, int]:
         if not is_rounded or width_of(weight.attributes) > 8:
             continue
         largest = max(abs(weight.attributes["lo"]), abs(weight.attributes["hi"]))
-        data_code = data.attributes["hi"] + (128 if data.attributes["lo"] < 0 else 0)
-        room = min(127 // largest, (2**15 - 1) // (2 * data_code * largest))
-        found[weight.output] = 1 if graph.constants[weight.inputs[2]].any() else max(1, room)
+        data_code = max(1, data.attributes["hi"] + (128 if data.attributes["lo"] < 0 else 0))
+        room = max(1, min(127 // largest, (2**15 - 1) // (2 * data_code * largest)))
+        found[weight.output] = min(room, found.get(weight.output, room))
     return found
 
 
@@ -169,6 +169,7 @@ def _leave_coarse_in_float(graph: Graph, finer: dict[str, int]) -> None:
     behind the convolution is what ONNX Runtime does not make an integer kernel of.
     """
     makers, readers = graph.makers(), graph.readers()
+    coarse: set[str] = set()
     for node in [
         node for node in graph.nodes if node.op == "Conv" and len(node.inputs) > 2 and node.inputs[1] in finer
     ]:
@@ -176,13 +177,15 @@ def _leave_coarse_in_float(graph: Graph, finer: dict[str, int]) -> None:
         step = np.abs(scales[0] * scales[1]).max() / finer[node.inputs[1]]
         if step <= graph.constants[readers[node.output][0].inputs[1]]:
             continue
-        del finer[node.inputs[1]]
+        coarse.add(node.inputs[1])
         bias = graph.constants[node.inputs.pop()]
         product = graph.fresh(f"{node.output}.product")
         shape = [-1, *[1] * (graph.constants[makers[node.inputs[1]].inputs[0]].ndim - 2)]
         minus = graph.constant(-bias.reshape(shape), f"{node.output}.minus")
         graph.nodes.insert(graph.nodes.index(node) + 1, Node("Sub", [product, minus], [node.output]))
         node.outputs = [product]
+    for weight in coarse:
+        del finer[weight]
 
 
 def _weight(graph: Graph, node: Node, finer: int, packed: dict[str, int], opset: int) -> list[Node]:
@@ -198,8 +201,6 @@ def _weight(graph: Graph, node: Node, finer: int, packed: dict[str, int], opset:
     types = [PACKED[bits] for bits in sorted(PACKED) if bits >= width and opset >= PACKED[bits][2]]
     if types:
         packed[layer] = types[0][given["lo"] < 0]
-    elif width == 16 and opset < WIDE:
-        graph.constants[name] = codes.astype(np.int32)
     if layer in packed or finer > 1:
         factor = graph.constant(np.int32(finer), f"{layer}.finer")
         wide, product, read = (graph.fresh(f"{layer}.codes{part}") for part in (".wide", ".product", ".byte"))
@@ -214,7 +215,7 @@ def _weight(graph: Graph, node: Node, finer: int, packed: dict[str, int], opset:
             ]
     inputs = [read, graph.constant((scale / np.float32(finer)).astype(np.float32), f"{layer}.scale")]
     if zero_point.any():
-        inputs.append(graph.constant(zero_point.astype(graph.constants[name].dtype), f"{layer}.zero_point"))
+        inputs.append(graph.constant((finer * zero_point).astype(codes.dtype), f"{layer}.zero_point"))
     axis = {"axis": given["axis"]} if scale.ndim else {}
     return [*nodes, Node("DequantizeLinear", inputs, [node.output], axis)]
 

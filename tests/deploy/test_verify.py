@@ -137,7 +137,12 @@ def exchanged(codes: Any) -> Any:
     return codes
 
 
-@pytest.mark.parametrize("change", [one_more, exchanged])
+def negated(codes: Any) -> Any:
+    """One channel with the other sign, which is no layout of the same integers."""
+    return codes * np.where(np.arange(len(codes)) == 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1)).astype(codes.dtype)
+
+
+@pytest.mark.parametrize("change", [one_more, exchanged, negated])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_weight_that_is_another_is_named(exported: Exported, layer: str, change: Callable[[Any], Any]) -> None:
     found = exported.verified(broken_onnx(exported, **{f"{layer}__codes": change}))
@@ -162,6 +167,31 @@ def test_layers_that_are_swapped_are_named(exported: Exported) -> None:
 def test_a_wrong_zero_point_is_named(exported: Exported, layer: str) -> None:
     found = exported.verified(broken_onnx(exported, **{f"{layer}__input_zero_point": lambda old: old + np.uint8(1)}))
     assert found.differing_layers == (layer,)
+
+
+def test_a_weight_with_another_zero_point_is_named(tmp_path: Path) -> None:
+    make = GraphMaker({"image": (3, 8, 8)})
+    codes = make.random.integers(0, 16, (6, 3, 3, 3)).astype(np.uint8)
+    weight = make.weight(codes, 0.02, zero_point=7, layer="stem", limits=(0, 15))
+    graph = make.model(make.node("Flatten", make.node("Conv", make.signed("image", 0.03, layer="stem"), weight)))
+    sample = make.sample(16)
+    model, _ = to_onnx(prepared_graph(graph, sample))
+    onnx.save(model, tmp_path / "net.onnx")
+    traced = Traced(graph, sample, computed(graph, sample))
+    assert verify(tmp_path / "net.onnx", traced).differing_layers == ()
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == "stem.zero_point"]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.uint8(1), tensor.name))
+    onnx.save(model, tmp_path / "net.onnx")
+    assert verify(tmp_path / "net.onnx", traced).differing_layers == ("stem",)
+
+
+def test_a_grid_that_the_file_does_not_name_is_not_taken_for_the_trained_one(exported: Exported) -> None:
+    model = onnx.load(exported.folder / "net.onnx")
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["hidden" if name == "mid.input_codes" else name for name in names]
+    onnx.save(model, exported.folder / "renamed.onnx")
+    assert exported.verified(exported.folder / "renamed.onnx").differing_layers == ("mid",)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -244,6 +274,53 @@ def test_layers_that_are_swapped_are_noticed_in_litert(exported: Exported) -> No
     found = exported.verified(broken_litert(exported, change))
     with pytest.raises(CRCoreError, match="'mid'"):
         found.check()
+
+
+def test_an_output_of_one_value_is_compared_as_a_value(tmp_path: Path) -> None:
+    make = GraphMaker({"x": (16,)})
+    graph, sample = make.model(make.gemm(make.signed("x", 0.03, layer="only"), 16, 1, layer="only")), make.sample(200)
+    traced = Traced(graph, sample, computed(graph, sample))
+    model, _ = to_onnx(prepared_graph(graph, sample))
+    onnx.save(model, tmp_path / "net.onnx")
+    found = verify(tmp_path / "net.onnx", traced)
+    found.check()
+    assert "same value" in found.table()
+    (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name.startswith("only.scale")]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(CRCoreError, match="on the value of"):
+        verify(tmp_path / "net.onnx", traced).check()
+    with pytest.raises(CRCoreError, match="the network's output is one value; leave labels out"):
+        Traced(graph, sample, traced.expected, np.zeros(200, int))
+
+
+def test_the_class_is_looked_for_along_the_given_axis(tmp_path: Path) -> None:
+    make = GraphMaker({"x": (3, 8, 8)})
+    graph, sample = make.model(make.conv(make.signed("x", 0.03), (4, 3, 1, 1))), make.sample(50)
+    expected = computed(graph, sample)
+    onnx.save(to_onnx(prepared_graph(graph, sample, integer_only=False), integer_only=False)[0], tmp_path / "net.onnx")
+    labels = expected.argmax(axis=1)
+    found = verify(tmp_path / "net.onnx", Traced(graph, sample, expected, labels, class_axis=1))
+    assert (found.classes, found.agreement, found.expected_accuracy, found.accuracy) == (4, 100.0, 100.0, 100.0)
+    with pytest.raises(CRCoreError, match=r"labels must have the shape \(50, 8, 8\), got \(50,\)"):
+        Traced(graph, sample, expected, labels[:, 0, 0], class_axis=1)
+
+
+@pytest.mark.parametrize("labels", [[10] * 400, [-1] * 400, [0.5] * 400, ["a"] * 400, [True] * 400])
+def test_labels_that_are_no_classes_are_named(exported: Exported, labels: list[Any]) -> None:
+    with pytest.raises(CRCoreError, match="labels must be whole numbers from 0 to 9, got"):
+        Traced(exported.graph, exported.sample, exported.expected, labels)
+
+
+def test_further_outputs_are_mentioned(tmp_path: Path) -> None:
+    make = GraphMaker({"x": (16,)})
+    x = make.signed("x", 0.03, layer="a")
+    graph, sample = make.model(make.gemm(x, 16, 3, layer="a"), make.gemm(x, 16, 5, layer="b")), make.sample(50)
+    onnx.save(to_onnx(prepared_graph(graph, sample))[0], tmp_path / "net.onnx")
+    found = verify(tmp_path / "net.onnx", Traced(graph, sample, computed(graph, sample)))
+    assert found.notices == (
+        f"the network has 2 outputs; agreement is that of the first, '{graph.graph.output[0].name}'",
+    )
 
 
 def test_outputs_that_are_no_numbers_do_not_agree(exported: Exported) -> None:

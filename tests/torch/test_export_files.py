@@ -42,6 +42,8 @@ QUANTIZERS = {
     "MinMax": (cr.MinMax(8, per_channel=True), cr.MinMax(8)),
     "MinMax with zero points": (cr.MinMax(6, symmetric=False), cr.MinMax(8)),
     "1 bit": (cr.LSQ(1, per_channel=True), cr.LSQ(1)),
+    "LSQ signed": (cr.LSQ(8, per_channel=True), cr.LSQ(8, signed=True)),
+    "DoReFa weights of 9 bits": (cr.DoReFa(8), cr.LSQ(8)),
     "16 bits": (cr.LSQ(16), cr.LSQ(16)),
     "weights only": (cr.LSQ(4, per_channel=True), None),
     "activations only": (None, cr.LSQ(8)),
@@ -239,8 +241,21 @@ def bad_inputs():
         "never calibrated": (waiting, x, "net.onnx", {}, r"'0.input_quantizer'.*have not seen data yet"),
         "not prepared": (convnet(), x, "net.onnx", {}, "convert takes a model from prepare"),
         "wrong shape": (student, x[:, :2], "net.onnx", {}, "does not take the sample"),
-        "no batch": (student, torch.zeros(0, 3, 8, 8), "net.onnx", {}, "sample must be a tensor"),
-        "an array": (student, x.numpy(), "net.onnx", {}, "sample must be a tensor"),
+        "no batch": (student, torch.zeros(0, 3, 8, 8), "net.onnx", {}, r"must hold a batch .* got the shape \(0, 3"),
+        "an array": (student, x.numpy(), "net.onnx", {}, "not ndarray; torch.as_tensor makes"),
+        "no sample": (student, None, "net.onnx", {}, "sample must be a tensor .* not NoneType"),
+        "another dtype": (
+            student,
+            x.double(),
+            "net.onnx",
+            {},
+            r"torch.float64 and the model torch.float32; give sample",
+        ),
+        "no model": ("net", x, "net.onnx", {}, r"a model from prepare\(...\) is needed, got str"),
+        "labels beyond the classes": (student, x, "net.onnx", {"labels": y + 3}, "whole numbers from 0 to 2, got 3 to"),
+        "metadata": (student, x, "net.onnx", {"metadata": {"a": object()}}, "metadata must be a dictionary for JSON"),
+        "agreement": (student, x, "net.onnx", {"minimum_agreement": 200}, "a number from 0 to 100; got 200"),
+        "integer_only": (student, x, "net.onnx", {"integer_only": "no"}, "integer_only must be True, False or None"),
         "labels of another length": (student, x, "net.onnx", {"labels": y[:5]}, r"labels must have the shape \(8,\)"),
         "another suffix": (student, x, "net.pt", {}, "must end in .onnx, got 'net.pt'"),
         "no folder": (student, x, "none/net.onnx", {}, "there is no folder"),
@@ -256,6 +271,13 @@ BAD_INPUTS = (
     "wrong shape",
     "no batch",
     "an array",
+    "no sample",
+    "another dtype",
+    "no model",
+    "labels beyond the classes",
+    "metadata",
+    "agreement",
+    "integer_only",
     "labels of another length",
     "another suffix",
     "no folder",
@@ -271,6 +293,71 @@ def test_bad_input_is_named_and_nothing_is_written(case, tmp_path):
     with pytest.raises(cr.CRCoreError, match=message):
         crt.export_onnx(model, sample, tmp_path / name, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [None, 5, b"net.onnx", ["net.onnx"]])
+def test_what_is_no_path_is_named(path):
+    student, x = trained(convnet(), recipe(), steps=1), pictures(8)[0]
+    for use in (
+        lambda: crt.export_onnx(student, x, path),
+        lambda: crt.export_litert(student, x, path),
+        lambda: crt.verify(student, x, path),
+        lambda: crt.save_quantized(student, path),
+        lambda: crt.load_quantized(convnet(), path),
+    ):
+        with pytest.raises(cr.CRCoreError, match=r"a path must be a str or a pathlib.Path, got"):
+            use()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_network_of_another_precision_is_exported_in_float32(dtype, tmp_path):
+    student, x = trained(convnet(), recipe(), steps=5), pictures(100)[0]
+    found = crt.export_onnx(student.to(dtype), x.to(dtype), tmp_path / "net.onnx", minimum_agreement=90)
+    assert found.differing_layers == ()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: y.sum(), "got one number; a loss"),
+        (lambda _: {"logits": None}, "got none"),
+        (lambda y: y[:, 0], r"must be \[N, classes\], got the shape \(40,\)"),
+    ],
+)
+def test_an_output_without_classes_is_named(output, message, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return output(self.linear(x))
+
+    student = crt.prepare(Net(), recipe()).train()
+    x = torch.randn(40, 6)
+    student(x)
+    with pytest.raises(cr.CRCoreError, match=message):
+        crt.export_onnx(student, x, tmp_path / "net.onnx")
+
+
+def test_pixels_have_classes_along_the_axis_of_channels(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    student = crt.prepare(net, recipe()).train()
+    x, _ = pictures(40)
+    student(x)
+    labels = student.eval()(x).argmax(dim=1)
+    found = crt.export_onnx(student, x, tmp_path / "net.onnx", labels=labels, integer_only=False)
+    assert (found.classes, found.expected_accuracy) == (4, 100.0)
+
+
+def test_files_have_the_mode_that_the_folder_gives_and_links_stay_links(students, tmp_path):
+    (tmp_path / "plain").write_text("")
+    mode = (tmp_path / "plain").stat().st_mode
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "net.onnx")
+    crt.export_onnx(students["W8A8"], pictures(40)[0], tmp_path / "link.onnx")
+    crt.save_quantized(students["W8A8"], tmp_path / "net.safetensors")
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert {(tmp_path / name).stat().st_mode for name in ("net.onnx", "net.safetensors")} == {mode}
 
 
 def test_a_full_disk_leaves_nothing_behind(students, tmp_path):
