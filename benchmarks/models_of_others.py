@@ -32,22 +32,22 @@ def vit(num_classes: int, in_channels: int) -> Any:
 
 def keras_mobilenetv2(num_classes: int, input_shape: tuple[int, int, int]) -> Any:
     """`keras.applications.MobileNetV2`, for small images."""
-    return _enlarged("MobileNetV2", num_classes, input_shape)
+    return _padded("MobileNetV2", num_classes, input_shape)
 
 
 def keras_efficientnetb0(num_classes: int, input_shape: tuple[int, int, int]) -> Any:
     """`keras.applications.EfficientNetB0`, for small images."""
-    return _enlarged("EfficientNetB0", num_classes, input_shape)
+    return _padded("EfficientNetB0", num_classes, input_shape)
 
 
-def _enlarged(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> Any:
-    """The network behind an enlargement to the 32x32 pixels that it takes at least."""
+def _padded(name: str, num_classes: int, input_shape: tuple[int, int, int]) -> Any:
+    """The network, with zeros around the image up to the 32x32 pixels that it takes at least."""
     import keras
 
     image = keras.Input(input_shape)
-    enlarged = keras.layers.UpSampling2D(-(-32 // input_shape[0]))(image)
+    padded = keras.layers.ZeroPadding2D(max(0, -(-(32 - input_shape[0]) // 2)))(image)
     make = getattr(keras.applications, name)
-    model = make(input_tensor=enlarged, weights=None, classes=num_classes, classifier_activation=None)
+    model = make(input_tensor=padded, weights=None, classes=num_classes, classifier_activation=None)
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.9  # statistics that follow within a thousand steps
