@@ -9,29 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from crcore import CRCoreError, MinMax
-from crcore.deploy._fold import LINEAR
 from crcore.deploy._graph import DOMAIN, FAKE_QUANTIZE, Graph, Node, expanded
+from crcore.deploy._loading import onnx_session
+from crcore.deploy._regions import FIXED, integer_region, is_passive, is_used_by, result_of
+from crcore.deploy._scales import bound_multipliers, make_room_for_biases
 
 BITS = 8
 _STEPS = 2**BITS - 1
-# Operators whose results are values that they were given, or zero: see `is_passive`.
-_PASSIVE = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-# Operators that follow another one without a rounding in between: integer kernels clip where they round.
-_ACTIVATIONS = ("Relu", "Clip")
-_ELEMENTWISE = ("Add", "Mul", "Sub", "Concat", "Sigmoid", "HardSigmoid", "HardSwish", "LeakyRelu")
-_POOLS = ("GlobalAveragePool", "AveragePool")
-# Without an integer kernel in ONNX Runtime, where they stay in float, as do the matrix products that they read.
-_LITERT = ("Gelu", "Tanh")
-_FIXED = ("Sigmoid", "Softmax")  # values in [0, 1); integer kernels insist on a scale of 1 / 256
 _BATCH = 32
-_LARGEST_MULTIPLIER = 254.0  # XNNPACK, which runs LiteRT's int8 kernels, takes less than 256
 
 
 @dataclass(frozen=True)
@@ -54,11 +46,6 @@ class Grid:
         return (self.hi - self.zero_point) * float(self.scale)
 
 
-def fits_byte(quantizer: Node) -> bool:
-    """Whether the codes of a ``FakeQuantize`` fit the 8 bits of an integer kernel, a zero among them."""
-    return quantizer.attributes["hi"] - quantizer.attributes["lo"] <= _STEPS and not quantizer.attributes.get("binary")
-
-
 def complete(graph: Graph, sample: Mapping[str, Any], *, entire: bool) -> None:
     """Insert 8-bit quantizers where integer kernels need them, in place.
 
@@ -67,105 +54,15 @@ def complete(graph: Graph, sample: Mapping[str, Any], *, entire: bool) -> None:
         sample: what the network takes, by input name.
         entire: whether the network's outputs get a grid too, and operators for which LiteRT alone has integer kernels.
     """
-    region = _integer_region(graph, (*_ELEMENTWISE, *_POOLS, *_FIXED, *(_LITERT if entire else ())))
-    results = {_result(graph, node): node.op in _FIXED for node in region}
-    sources = [name for name in graph.inputs if _is_used_by(graph, name, region)]
+    region = integer_region(graph, litert=entire)
+    results = {result_of(graph, node): node.op in FIXED for node in region}
+    sources = [name for name in graph.inputs if is_used_by(graph, name, region)]
     ranges = _ranges(graph, [*sources, *results], sample)
     for tensor, fixed in {**dict.fromkeys(sources, False), **results}.items():
         _quantize(graph, tensor, ranges[tensor], fixed=fixed, outputs=entire)
     make_room_for_biases(graph)
     if entire:
-        _bound_multipliers(graph)
-
-
-def is_passive(graph: Graph, node: Node) -> bool:
-    """Whether an operator only moves values about; a ``Pad`` adds zeros at most."""
-    fills = node.op == "Pad" and node.attributes.get("mode", "constant") == "constant" and node.inputs[2:]
-    if fills and fills[0] and np.any(graph.constants.get(fills[0], 1)):
-        return False
-    return node.op in _PASSIVE
-
-
-def _integer_region(graph: Graph, operators: tuple[str, ...]) -> list[Node]:
-    """The operators that can compute with integers: their inputs come from such, and such read their results.
-
-    A sum that a layer normalization reads, for instance, is better left in float, with what leads to it.
-    """
-    makers, readers = graph.makers(), graph.readers()
-    region = {id(node) for node in graph.nodes if _can_be_integer(graph, node, operators, makers)}
-    parts = {id(node) for node in graph.nodes if is_passive(graph, node) or _belongs(graph, node, makers)}
-    while True:
-        leaving = {
-            id(node)
-            for node in graph.nodes
-            if id(node) in region
-            and not (
-                _reads_integers(graph, node, region, makers)
-                and _is_read_by_integers(graph, node, parts, region, readers)
-            )
-        }
-        if not leaving:
-            return [node for node in graph.nodes if id(node) in region]
-        region -= leaving
-
-
-def _can_be_integer(graph: Graph, node: Node, operators: tuple[str, ...], makers: Mapping[str, Node]) -> bool:
-    if node.op not in LINEAR:
-        return node.op in operators and not _belongs(graph, node, makers)
-    data, weight = makers.get(node.inputs[0]), makers.get(node.inputs[1])
-    return data is not None and data.is_quantizer and weight is not None and weight.is_weight and fits_byte(data)
-
-
-def _belongs(graph: Graph, node: Node, makers: Mapping[str, Node]) -> bool:
-    """Whether the operator is part of the one before it: an activation, or the bias of a matrix product."""
-    if node.op in _ACTIVATIONS:
-        return True
-    before = makers.get(node.inputs[0]) if node.op == "Add" else None
-    return before is not None and before.op == "MatMul" and node.inputs[1] in graph.constants
-
-
-def _reads_integers(graph: Graph, node: Node, region: set[int], makers: Mapping[str, Node]) -> bool:
-    if node.op in LINEAR:
-        return True
-    for name in node.inputs:
-        maker = makers.get(name)
-        while maker is not None and (is_passive(graph, maker) or _belongs(graph, maker, makers)):
-            name, maker = maker.inputs[0], makers.get(maker.inputs[0])
-        known = name in graph.constants or name in graph.inputs or name == ""
-        if not known and (maker is None or not (maker.is_quantizer or id(maker) in region)):
-            return False
-    return True
-
-
-def _is_read_by_integers(
-    graph: Graph, node: Node, parts: set[int], region: set[int], readers: Mapping[str, list[Node]]
-) -> bool:
-    if node.output in graph.outputs:
-        return True
-    return all(
-        reader.is_quantizer
-        or id(reader) in region
-        or (id(reader) in parts and _is_read_by_integers(graph, reader, parts, region, readers))
-        for reader in readers[node.output]
-    )
-
-
-def _result(graph: Graph, node: Node) -> str:
-    """Where the operator's result is rounded: behind the activation that belongs to it."""
-    makers, readers = graph.makers(), graph.readers()
-    tensor = node.output
-    while tensor not in graph.outputs and len(readers[tensor]) == 1 and _belongs(graph, readers[tensor][0], makers):
-        tensor = readers[tensor][0].output
-    return tensor
-
-
-def _is_used_by(graph: Graph, tensor: str, region: list[Node]) -> bool:
-    """Whether an operator of the region reads the tensor as it is, or moved about."""
-    inside = {id(node) for node in region}
-    return any(
-        id(reader) in inside or (is_passive(graph, reader) and _is_used_by(graph, reader.output, region))
-        for reader in graph.readers()[tensor]
-    )
+        bound_multipliers(graph)
 
 
 def _quantize(graph: Graph, tensor: str, found: tuple[float, float], *, fixed: bool, outputs: bool) -> None:
@@ -297,7 +194,7 @@ def _ranges(graph: Graph, tensors: list[str], sample: Mapping[str, Any]) -> dict
     )
     found = {name: (float(sample[name].min()), float(sample[name].max())) for name in tensors if name in graph.inputs}
     size = min(len(array) for array in sample.values()) if wanted else 0
-    session = float_session(model) if wanted else None
+    session = onnx_session(Path("network"), model.SerializeToString()) if wanted else None
     for start in range(0, size, _BATCH):
         batch = {name: array[start : start + _BATCH] for name, array in sample.items()}
         values = [] if session is None else session.run(wanted, batch)
@@ -310,59 +207,3 @@ def _ranges(graph: Graph, tensors: list[str], sample: Mapping[str, Any]) -> dict
             f"the network gives NaN or infinity on the sample (at {bad[0]!r}); give inputs as in training"
         )
     return found
-
-
-def float_session(model: onnx.ModelProto) -> Any:
-    """A session of ONNX Runtime on a model in memory."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def make_room_for_biases(graph: Graph, finer: Mapping[str, int] | None = None) -> None:
-    """Let every bias fit the accumulator of 32 bits, whose step is the product of the scales.
-
-    A channel that batch normalization has all but switched off has a scale near zero and a bias that is not: its scale
-    is raised to where the bias takes 30 bits, which leaves what the channel's weights contribute negligible.
-
-    Args:
-        graph: changed in place.
-        finer: by weight, by what whole number its scale is going to be divided.
-    """
-    makers = graph.makers()
-    for node in graph.nodes:
-        if node.op not in LINEAR or len(node.inputs) < 3 or node.inputs[2] not in graph.constants:
-            continue
-        if node.op == "ConvTranspose":  # without an integer kernel
-            continue
-        data, weight = makers.get(node.inputs[0]), makers.get(node.inputs[1])
-        if data is None or not data.is_quantizer or weight is None or not weight.is_weight:
-            continue
-        scale = graph.constants[weight.inputs[1]]
-        step = graph.constants[data.inputs[1]] / np.float32((finer or {}).get(weight.output, 1))
-        least = np.abs(graph.constants[node.inputs[2]]) / (step * np.float32(2**30))
-        least = np.maximum(least if scale.ndim else least.max(), np.float32(2.0**-100)).astype(np.float32)
-        if (np.abs(scale) < least).any():
-            raised = np.where(np.abs(scale) < least, least, scale)
-            weight.inputs[1] = graph.constant(raised.astype(np.float32), f"{weight.inputs[1]}.raised")
-
-
-def _bound_multipliers(graph: Graph) -> None:
-    """Keep the step of an accumulator below 254 steps of the result, since XNNPACK refuses a network with more.
-
-    Such a channel has next to no variance, by which batch normalization divided: its result is one value, or clipped on
-    either side of its grid, with a step of 254 as well.
-    """
-    makers, readers = graph.makers(), graph.readers()
-    for node in graph.nodes:
-        data, weight = (makers.get(name) for name in node.inputs[:2]) if node.op in LINEAR else (None, None)
-        if data is None or weight is None or not (data.is_quantizer and weight.is_weight):
-            continue
-        after = readers[_result(graph, node)]
-        if len(after) != 1 or not after[0].is_quantizer:
-            continue
-        most = _LARGEST_MULTIPLIER * graph.constants[after[0].inputs[1]] / graph.constants[data.inputs[1]]
-        scale = graph.constants[weight.inputs[1]]
-        if (np.abs(scale) > most).any():
-            bounded = np.clip(scale, -most, most).astype(np.float32)
-            weight.inputs[1] = graph.constant(bounded, f"{weight.inputs[1]}.bounded")

@@ -15,12 +15,11 @@ import onnx
 from crcore._files import replaced
 from crcore.deploy._graph import codes_by_layer, counted, float_twin
 from crcore.deploy._litert import to_litert, with_metadata
+from crcore.deploy._litert_file import METADATA
 from crcore.deploy._onnx import to_onnx
 from crcore.deploy._prepare import has_only_8_bits, prepared_graph
 from crcore.deploy._traced import Traced, check_request, existing_file, metadata_text
 from crcore.deploy._verify import MINIMUM_AGREEMENT, Verification, verify
-
-METADATA = "crcore"  # the key of the JSON text in the file's own metadata
 
 
 def write_onnx(

@@ -189,6 +189,12 @@ def codes_by_layer(model: onnx.ModelProto) -> dict[str, Any]:
     return {node.attributes["layer"]: graph.constants[node.inputs[0]].astype(np.int32) for node in weights}
 
 
+def fits_byte(quantizer: Node) -> bool:
+    """Whether the codes of a ``FakeQuantize`` fit the 8 bits of an integer kernel, a zero among them."""
+    given = quantizer.attributes
+    return given["hi"] - given["lo"] < 2**8 and not given.get("binary")
+
+
 def counted(layers: list[str]) -> str:
     """How many layers, and the first of them."""
     return f"{len(layers)} layer{'s' * (len(layers) > 1)} ({', '.join([*layers[:3], *['...'] * (len(layers) > 3)])})"

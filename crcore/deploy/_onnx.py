@@ -8,8 +8,8 @@ import onnx
 from onnx import helper, numpy_helper, version_converter
 
 from crcore import CRCoreError
-from crcore.deploy._complete import fits_byte
-from crcore.deploy._graph import OPSET, Graph, counted
+from crcore.deploy._graph import OPSET, Graph, counted, fits_byte
+from crcore.deploy._loading import one_line
 from crcore.deploy._qdq import PACKED, PACKED_2, PACKED_4, WIDE, as_products, clip_as_codes, width_of, write_markers
 
 OLDEST, NEWEST = 14, 25  # onnx converts the operators of usual networks no further back
@@ -78,7 +78,7 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         found = version_converter.convert_version(model, opset)
     except Exception as error:  # the converter raises RuntimeError and kinds of its own
         raise CRCoreError(
-            f"the network cannot be written in opset {opset} ({' '.join(str(error).split())[:200]}); leave opset out, "
+            f"the network cannot be written in opset {opset} ({one_line(error)}); leave opset out, "
             f"or give one from {OPSET} to {NEWEST}"
         ) from error
     found.ir_version = max(found.ir_version, *(ir for since, ir in _IR_VERSIONS.items() if opset >= since), 8)

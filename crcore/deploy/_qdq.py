@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from crcore.deploy._complete import fits_byte, make_room_for_biases
-from crcore.deploy._graph import Graph, Node, quantize_in_float
+from crcore.deploy._graph import Graph, Node, fits_byte, quantize_in_float
+from crcore.deploy._scales import make_room_for_biases
 
 PACKED_4, PACKED_2 = 21, 25  # the opsets that brought int4 and int2
 WIDE = 21  # the opset that brought 16 bits to QuantizeLinear

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from crcore import CRCoreError
-from crcore.deploy._litert_file import metadata_of
+from crcore.deploy._litert_file import METADATA, metadata_of
 from crcore.deploy._loading import damaged, litert_interpreter, one_line, onnx_model, onnx_session, quiet
 
-METADATA = "crcore"  # the key of the JSON text in a file's own metadata
 _BATCH = 64  # of what is computed at once, for the sake of memory
 
 
