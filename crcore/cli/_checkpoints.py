@@ -78,7 +78,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
-        raise CommandError(f"{path}: no such checkpoint; give a .safetensors file that crcore wrote")
+        raise CommandError(f"{path}: no such checkpoint; give one that crcore wrote, or a file that it exported")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)

@@ -119,7 +119,8 @@ def test_the_speed_table_is_that_of_the_result_files() -> None:
     ("marker", "script", "function", "result"),
     [
         ("verification", "verify_exports", "table", "verify_exports"),
-        ("unsure", "verify_exports", "table", "verify_exports-cifar10-jpeg-16"),
+        ("vit", "verify_exports", "table", "verify_exports-vit"),
+        ("keras", "verify_exports", "table", "verify_exports-keras"),
         ("speed", "deploy", "tables", "deploy"),
     ],
 )
