@@ -7,10 +7,12 @@ import resource
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
 import crcore_torch as crt
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,15 @@ def test_litert_runs_the_trained_integers_in_int8(students, width, tmp_path):
     crt.verify(student, pictures(300, seed=7)[0], path).check()
 
 
+def operators_that_run(path, optimized) -> Counter[str]:
+    """Those of the graph that ONNX Runtime makes of a file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(optimized)
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(optimized).graph.node)
+
+
 @pytest.mark.parametrize("name", ["resnet8", "mobilenetv2"])
 @pytest.mark.parametrize(("weights", "activations"), [(8, 8), (4, 4)])
 def test_networks_in_cifar_form(name, weights, activations, tmp_path):
@@ -135,6 +146,12 @@ def test_networks_in_cifar_form(name, weights, activations, tmp_path):
     # Six steps leave MobileNetV2 with small margins: what is asked for is that no integer differs.
     found = crt.export_onnx(student, x, tmp_path / "net.onnx", labels=y, minimum_agreement=0)
     assert found.differing_layers == ()
+    operators = operators_that_run(tmp_path / "net.onnx", tmp_path / "optimized.onnx")
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in net.modules())
+    if activations == 8:  # depthwise convolutions, sums, pooling and classifier too
+        assert operators["QLinearConv"] == convolutions
+        assert not {"Conv", "FusedConv", "Add", "Gemm", "MatMul", "GlobalAveragePool", "ReduceMean"} & set(operators)
+        assert {"QLinearAdd", "QLinearGlobalAveragePool", "MatMulIntegerToFloat"} < set(operators)
     exact = crt.export_onnx(student, x, tmp_path / "exact.onnx", labels=y, integer_only=False)
     assert exact.agreement >= 99.5
 
