@@ -8,11 +8,13 @@ import textwrap
 from typing import Any
 
 import crcore_keras as crk
+import crcore_torch as crt
 import keras
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from crcore_keras._graph import marker_graph
 from keras import applications, layers, ops
 from onnx import numpy_helper
@@ -25,11 +27,13 @@ from small_networks import (
     quantized,
     quantizers,
     random,
+    recipe,
     subclassed,
     tokens,
     trained,
     vectors,
 )
+from torch import nn
 
 import crcore as cr
 from crcore import deploy
@@ -403,6 +407,37 @@ def test_a_trained_network_runs_in_litert(student, sample, tmp_path):
     assert result.agreement >= 99.5
     assert result.differing_layers == ()
     assert deploy.open_runtime(tmp_path / "net.tflite").run(sample[:3]).shape == (3, 3)
+
+
+def test_a_network_trained_in_pytorch_reaches_litert_by_a_portable_file(tmp_path):
+    net = nn.Sequential()
+    for name, module in (
+        ("stem", nn.Conv2d(3, 8, 3, padding=1, bias=False)),
+        ("norm", nn.BatchNorm2d(8)),
+        ("relu", nn.ReLU()),
+        ("body", nn.Conv2d(8, 6, 3, padding=1)),
+        ("pool", nn.AdaptiveAvgPool2d(1)),
+        ("flat", nn.Flatten()),
+        ("head", nn.Linear(6, 4)),
+    ):
+        net.add_module(name, module)
+    student = crt.prepare(net, recipe()).train()
+    x = random(64, 8, 8, 3)
+    channels_first = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+    student(channels_first)
+    crt.save_portable(student.eval(), tmp_path / "portable")
+    twin = keras.Sequential([
+        keras.Input((8, 8, 3)), layers.Conv2D(8, 3, padding="same", use_bias=False, name="stem"),
+        layers.BatchNormalization(epsilon=1e-5, name="norm"), layers.ReLU(),
+        layers.Conv2D(6, 3, padding="same", name="body"), layers.GlobalAveragePooling2D(),
+        layers.Dense(4, name="head"),
+    ])  # fmt: skip
+    mine = crk.load_portable(crk.prepare(twin, recipe()), tmp_path / "portable")
+    found = crk.export_litert(mine, x, tmp_path / "net.tflite", minimum_agreement=0)
+    assert found.differing_layers == ()
+    expected = student(channels_first).detach().numpy()
+    in_litert = deploy.open_runtime(tmp_path / "net.tflite").run(x)
+    assert np.abs(in_litert - expected).max() < 0.1 * np.ptp(expected)
 
 
 def test_the_networks_of_the_command_are_exported_with_the_padding_of_torch(tmp_path):
