@@ -24,6 +24,9 @@ from crcore.deploy._scales import bound_multipliers, make_room_for_biases
 BITS = 8
 _STEPS = 2**BITS - 1
 _BATCH = 32
+# Times the step that the observed range alone would give: what a tensor's other readers lose to a coarser one is more
+# than what the reader with the trained grid gains from being rounded to once.
+_COARSEST = 1.5
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,12 @@ def _quantize(graph: Graph, tensor: str, found: tuple[float, float], *, fixed: b
     if fixed:
         grid = Grid(np.float32(1 / 256), 0, 0, _STEPS)
     else:
-        needed = None if alone else found
-        candidates = [subdivided(_grid_of(graph, node), needed) for node in trained]
-        grid = next((candidate for candidate in candidates if candidate is not None), None) or _fresh_grid(found)
+        grid = own = _fresh_grid(found)
+        for node in trained:
+            finer = subdivided(_grid_of(graph, node), None if alone else found)
+            if finer is not None and (alone or finer.scale <= _COARSEST * own.scale):
+                grid = finer
+                break
     _insert(graph, tensor, grid)
 
 
