@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ ARGUMENTS += ["--student-view", "strong", "--consistency-weight", "0.5"]
 
 def process(out: Path, *more: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "crcore.cli", *ARGUMENTS, "--out", str(out), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run that a shell started in the background ignores Ctrl-C, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,6 @@ def test_the_speed_table_is_that_of_the_result_files() -> None:
     [
         ("verification", "verify_exports", "table", "verify_exports"),
         ("vit", "verify_exports", "table", "verify_exports-vit"),
-        ("keras", "verify_exports", "table", "verify_exports-keras"),
         ("speed", "deploy", "tables", "deploy"),
     ],
 )
