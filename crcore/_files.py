@@ -28,13 +28,15 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = as_path(path)
     if not path.name or not path.parent.is_dir():
         raise CRCoreError(f"{path} cannot be written: there is no folder {str(path.parent)!r}; name a file in one")
+    if os.path.islink(path):  # it stays one, and what it leads to may lie on another disk
+        path = path.resolve()
     temporary = path.parent / f"{path.stem[:100]}.{os.getpid()}.tmp{path.suffix}"
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # some writers make files that only their owner reads
-        os.replace(temporary, path.resolve())  # a link stays one
+        os.replace(temporary, path)
     except CRCoreError:
         raise
     except Exception as error:  # those who write have errors of their own

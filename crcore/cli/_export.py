@@ -204,10 +204,12 @@ def _some(images: Images, count: int) -> Images:
 @contextmanager
 def _put_in_place(path: Path) -> Iterator[Path]:
     """A file of the same name in a folder of its own, which is moved to `path` if all goes well."""
+    if path.is_symlink():  # it stays one, and what it leads to may lie on another disk
+        path = path.resolve()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".crcore-") as folder:
         temporary = Path(folder) / path.name
         try:
             yield temporary
         except cr.CRCoreError as error:  # in the words of the libraries
             raise CommandError(_in_options(str(error).replace(str(temporary), str(path)))) from error
-        temporary.replace(path.resolve())  # a link stays one
+        temporary.replace(path)

@@ -194,7 +194,13 @@ def test_what_cannot_be_exported(crcore, finished, parquet_folder, exported, met
     student = finished / "seed0/qat/student.safetensors"
     refused(crcore("export", student, "--to", "onnx", "--data", parquet_folder), "10 classes", "3 classes")
     refused(crcore("export", student, "--to", "safetensors", "--out", student), "checkpoint itself")
-    refused(crcore("export", method / FILES["safetensors"], "--to", "onnx"), "exported already")
+    for file in ("safetensors", "onnx"):
+        refused(crcore("export", method / FILES[file], "--to", "onnx"), "exported already")
+    before = contents(finished)
+    for other in (finished / "seed0/fp32/float.safetensors", method / "student.safetensors"):
+        outcome = crcore("export", student, "--to", "safetensors", "--out", other)
+        refused(outcome, str(other), "has the name of a checkpoint")
+    assert contents(finished) == before
     cut = tmp_path / "student.safetensors"
     cut.write_bytes(student.read_bytes()[:-100])
     refused(crcore("export", cut, "--to", "onnx"), str(cut), "cut short")

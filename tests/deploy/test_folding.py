@@ -219,6 +219,49 @@ def test_a_channel_that_batch_norm_switched_off_keeps_its_bias():
     np.testing.assert_allclose(run(file, sample), expected, atol=0.03 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("step", "divided_by"), [(1 / 110, 1), (1 / 40, 3), (1 / 70, None)])
+def test_a_sum_divides_the_steps_of_a_trained_grid_where_that_is_not_much_coarser_than_its_range(step, divided_by):
+    make = GraphMaker({"x": (4, 6, 6)})
+    y = make.conv(make.signed("x", 0.01, layer="a"), (4, 4, 1, 1), layer="a", scale=1e-6, bias=False)
+    total = make.node("Add", "x", y)  # from -1 to 1, next to nothing being added
+    last = make.conv(make.signed(total, step, layer="b"), (4, 4, 1, 1), layer="b")
+    model = make.model(make.node("Add", last, total, name="end"))
+    graph = Graph(deploy.prepared_graph(model, {"x": np.linspace(-1, 1, 288, dtype=np.float32).reshape(2, 4, 6, 6)}))
+    (maker,) = (node for node in graph.nodes if node.output == total)
+    (reader,) = graph.readers()[maker.output]
+    expected = 2 / 255 if divided_by is None else step / divided_by
+    np.testing.assert_allclose(graph.constants[reader.inputs[1]], expected, rtol=1e-2)
+
+
+def test_a_pad_with_a_value_counts_in_the_range():
+    make = GraphMaker({"x": (3, 6, 6)})
+    y = make.node("Relu", make.conv(make.signed("x", 0.03, layer="a"), (3, 3, 1, 1), layer="a"))
+    pads = make.constant(np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64))
+    y = make.node("Add", make.node("Pad", y, pads, make.floats(20.0)), make.node("Pad", y, pads, make.floats(20.0)))
+    y = make.conv(make.quantized(y, 0.2, layer="b"), (2, 3, 1, 1), layer="b")
+    model, sample = make.model(y), make.sample()
+    expected, found = (
+        run(deploy.expanded(each), sample) for each in (model, deploy.prepared_graph(model, sample, integer_only=True))
+    )
+    assert np.abs(found - expected).max() < 0.03 * np.ptp(expected)
+
+
+def test_a_binary_grid_behind_a_pooling_sees_the_signs_that_training_saw():
+    make = GraphMaker({"x": (3, 6, 6)})
+    y = make.conv(make.signed("x", 0.03, layer="a"), (3, 3, 1, 1), layer="a")
+    pooled = make.node("MaxPool", y, kernel_shape=[2, 2], strides=[2, 2])
+    y = make.quantized(pooled, 5.0, lo=-1, hi=1, layer="b", binary=1)
+    model, sample = make.model(make.conv(y, (2, 3, 1, 1), layer="b")), make.sample(16)
+    expected, found = (
+        run(deploy.expanded(each), sample) for each in (model, deploy.prepared_graph(model, sample, integer_only=True))
+    )
+    assert (np.abs(found - expected) > 1e-5 * np.ptp(expected)).mean() < 0.15  # only what is next to zero
+
+
+def test_a_grid_without_a_zero_is_not_subdivided():
+    assert subdivided(Grid(np.float32(1), -200, 0, 15), None) is None
+
+
 def test_a_sample_on_which_the_network_overflows_is_refused():
     make = GraphMaker({"x": (10,)})
     model = make.model(make.gemm(make.signed("x", 0.03), 10, 4))

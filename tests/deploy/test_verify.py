@@ -276,6 +276,16 @@ def test_layers_that_are_swapped_are_noticed_in_litert(exported: Exported) -> No
         found.check()
 
 
+def test_images_with_as_many_channels_as_pixels_are_compared_in_litert_layout(tmp_path: Path) -> None:
+    make = GraphMaker({"x": (8, 8, 8)})
+    y = make.node("Relu", make.conv(make.signed("x", 0.03, layer="a"), (8, 8, 1, 1), layer="a"))
+    y = make.node("Flatten", make.conv(make.quantized(y, 0.02, layer="b"), (8, 8, 1, 1), layer="b"))
+    graph, sample = make.model(y), make.sample(32)
+    (tmp_path / "net.tflite").write_bytes(to_litert(prepared_graph(graph, sample, entire=True)))
+    found = verify(tmp_path / "net.tflite", Traced(graph, sample, computed(graph, sample)))
+    assert found.first_difference is None or "the output" in found.first_difference
+
+
 def test_an_output_of_one_value_is_compared_as_a_value(tmp_path: Path) -> None:
     make = GraphMaker({"x": (16,)})
     graph, sample = make.model(make.gemm(make.signed("x", 0.03, layer="only"), 16, 1, layer="only")), make.sample(200)

@@ -115,6 +115,18 @@ def test_the_speed_table_is_that_of_the_result_files() -> None:
     assert shown == found
 
 
+def test_the_table_of_the_readme_is_that_of_the_result_file() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/verify_exports.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    chosen = [row for row in rows if row["model"] == "resnet18" and row["kind"] != "ONNX, sums in float"]
+    assert len(chosen) == 8
+    for row in chosen:
+        found, width = row["result"], f"W{row['weights']}A{row['activations']}"
+        percent = [f"{found[name]:.2f} %" for name in ("accuracy", "expected_accuracy", "agreement")]
+        cells = [width, row["kind"].partition(",")[0], *percent, f"{found['size'] / found['float_size']:.3f}"]
+        assert f"| {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize(
     ("marker", "script", "function", "result"),
     [
