@@ -250,7 +250,7 @@ def test_a_binary_grid_behind_a_pooling_sees_the_signs_that_training_saw():
     make = GraphMaker({"x": (3, 6, 6)})
     y = make.conv(make.signed("x", 0.03, layer="a"), (3, 3, 1, 1), layer="a")
     pooled = make.node("MaxPool", y, kernel_shape=[2, 2], strides=[2, 2])
-    y = make.quantized(pooled, 5.0, lo=-1, hi=1, layer="b", binary=1)
+    y = make.quantized(pooled, 500.0, lo=-1, hi=1, layer="b", binary=1)
     model, sample = make.model(make.conv(y, (2, 3, 1, 1), layer="b")), make.sample(16)
     expected, found = (
         run(deploy.expanded(each), sample) for each in (model, deploy.prepared_graph(model, sample, integer_only=True))
