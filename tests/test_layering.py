@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "crcore_torch/lightning.py": {"torch", "lightning"},
     "crcore_torch/_portable.py": {"torch", "safetensors"},
     "crcore_torch/_quantized.py": {"torch", "safetensors"},
+    "crcore_torch/_kernels/_triton": {"torch", "triton"},
     "crcore_keras": {"keras"},  # and no engine: not tensorflow, jax or torch
     "crcore_keras/_portable.py": {"keras", "safetensors"},
     "crcore_keras/_quantized.py": {"keras", "safetensors"},
@@ -40,7 +41,7 @@ FORMULAS = {
         # The reference, the fused kernels that the conformance kit holds to it, and the biases of exported files.
         (
             "crcore/_quantizers/",
-            "backends/crcore_torch/_kernels.py",
+            "backends/crcore_torch/_kernels/",
             "backends/crcore_keras/_kernels.py",
             "crcore/deploy/_qdq.py",
             "crcore/deploy/_runtimes.py",
@@ -365,8 +366,14 @@ def global_state(source: str) -> list[str]:
     return found
 
 
-# One class for each kind of layer, whoever asks: without this memo two quantized Conv2d would be of different types.
-MEMOS = {f"backends/crcore_{backend}/_layers.py": ["functools.cache"] for backend in ("torch", "keras")}
+MEMOS = {
+    # One class for each kind of layer, whoever asks: without it two quantized Conv2d would be of different types.
+    **{f"backends/crcore_{backend}/_layers.py": ["functools.cache"] for backend in ("torch", "keras")},
+    # Asked for at every call of every quantizer, and always the same.
+    "backends/crcore_torch/_kernels/__init__.py": ["functools.lru_cache(maxsize=1024)"],
+    "backends/crcore_torch/_kernels/_layout.py": ["functools.cache"],
+    "backends/crcore_torch/_kernels/_cpp.py": ["functools.cache"],  # the library, built once
+}
 
 
 @named(sources(CORE, BACKENDS, without=("crcore/cli/",)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from crcore import CRCoreError, Quantizer
 from crcore_torch._bind import fake_quantize
+from crcore_torch._kernels import check_kernel, chosen, widened
 from crcore_torch._xp import xp
 
 _UNKNOWN_SIGN = -1
@@ -33,12 +34,15 @@ class FakeQuantize(nn.Module):
     Args:
         quantizer: what to apply.
         role: "activation" quantizes per tensor and takes its first axis for the batch; "weight" has no batch.
+        kernel: what runs it. "auto" is the fastest that serves the quantizer and the device: for LSQ "cpp" on a CPU
+            where a C++ compiler is found, "triton" on CUDA, else "blocked"; "core" for all others. All give the same
+            numbers. ``repr`` shows the one in use.
         shape: of the arrays: ``()``, or one per channel as broadcast against the tensor, such as ``(64, 1, 1, 1)``.
         device, dtype: of the arrays.
 
     Raises:
-        CRCoreError: the quantizer does not suit the role; or, when called, it has not been initialized and is in eval
-            mode or being compiled.
+        CRCoreError: the quantizer does not suit the role; the kernel cannot run here; or, when called, it has not been
+            initialized and is in eval mode or being compiled.
 
     >>> import crcore, torch
     >>> quantize = FakeQuantize(crcore.LSQ(bits=2, signed=True)).initialize(torch.tensor([-1.0, 1.0]))
@@ -55,6 +59,7 @@ class FakeQuantize(nn.Module):
         quantizer: Quantizer,
         *,
         role: Literal["weight", "activation"] = "activation",
+        kernel: str = "auto",
         shape: tuple[int, ...] = (),
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -66,6 +71,8 @@ class FakeQuantize(nn.Module):
                 f"{self.quantizer!r} needs the shape of its scales; give shape=(channels, 1, 1, 1) for a convolution's "
                 "weight, or use per_channel=False"
             )
+        check_kernel(kernel)
+        self.kernel = kernel
         self.role = role
         self.name = ""  # where it sits in the model, for error messages; `prepare` sets it
         self.enabled = True  # a float teacher switches it off
@@ -88,19 +95,19 @@ class FakeQuantize(nn.Module):
             return x
         if not self._initialized:
             self._initialize_from_first_batch(x)
-        wide = _widen(x)
-        return fake_quantize(wide, self.quantizer, self._arrays_for(wide, self.training), self._elements(x)).to(x.dtype)
+        arrays = self._arrays_for(x, self.training)
+        return fake_quantize(x, self.quantizer, arrays, self._elements(x), self.kernel)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The integers of ``x``, as floats: ``forward(x) == (codes(x) - zero_point) * scale``."""
-        wide = _widen(x)
+        wide = widened(x)
         return self.quantizer.codes(wide, *self._arrays_for(wide), xp=xp)
 
     @torch.no_grad()
     def code_limits(self, x: Tensor) -> tuple[int, int]:
         """The lowest and the highest code that a tensor like ``x`` can get, however large its values."""
-        wide = _widen(x)
+        wide = widened(x)
         arrays = self._arrays_for(wide)
         far = torch.full_like(wide, torch.finfo(wide.dtype).max)  # the codes of values far outside are the grid's ends
         lowest, highest = (self.quantizer.codes(end, *arrays, xp=xp) for end in (-far, far))
@@ -109,9 +116,9 @@ class FakeQuantize(nn.Module):
     def affine(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)`` in use, in the arrays' shape; for ``x`` where they are recomputed from the tensor."""
         if x is not None and self._recomputed:
-            arrays = tuple(map(Tensor.reshape_as, self._arrays_for(_widen(x)), self._arrays()))
+            arrays = tuple(map(Tensor.reshape_as, self._arrays_for(x), self._arrays()))
         else:
-            arrays = tuple(_widen(array) for array in self._arrays())
+            arrays = tuple(widened(array) for array in self._arrays())
         scale, zero_point = self.quantizer.affine(*arrays, xp=xp)
         scale, zero_point = (torch.as_tensor(value, device=self.initialized.device) for value in (scale, zero_point))
         return (scale if scale.is_floating_point() else scale.float()), zero_point.to(torch.int32)
@@ -140,7 +147,7 @@ class FakeQuantize(nn.Module):
             signed = (x < 0).any().to(torch.float32)
             self.signed.fill_(int(mean_over_replicas(signed) > 0))
             self.quantizer = replace(self.quantizer, signed=bool(self.signed))  # type: ignore[type-var]
-        for array, value in zip(self._arrays(), self._fresh(_widen(x)), strict=True):
+        for array, value in zip(self._arrays(), self._fresh(x), strict=True):
             array.copy_((mean_over_replicas(value) if self.role == "activation" else value).reshape(array.shape))
         self.initialized.fill_(True)
         self._read_flags()
@@ -163,8 +170,9 @@ class FakeQuantize(nn.Module):
             self.freeze(source._frozen)
 
     def extra_repr(self) -> str:
-        """The quantizer, and whether it still waits for its first batch."""
-        return repr(self.quantizer) + ("" if self._initialized else ", not initialized")
+        """The quantizer, the kernel that runs it, and whether it still waits for its first batch."""
+        kernel = chosen(self.kernel, self.quantizer, self.initialized.device)
+        return f"{self.quantizer!r}, kernel={kernel!r}" + ("" if self._initialized else ", not initialized")
 
     def _arrays(self) -> list[Tensor]:
         stored: Mapping[str, Any] = self._parameters if self.quantizer.learned else self._buffers
@@ -188,7 +196,7 @@ class FakeQuantize(nn.Module):
         if observe is None or not observing or self._frozen:
             return arrays
         with torch.no_grad():
-            observed = tuple(map(mean_over_replicas, observe(x, *arrays, axes=tuple(range(x.ndim)), xp=xp)))
+            observed = tuple(map(mean_over_replicas, observe(widened(x), *arrays, axes=tuple(range(x.ndim)), xp=xp)))
             self._store(observed)
         return observed
 
@@ -196,14 +204,15 @@ class FakeQuantize(nn.Module):
         arrays = self._arrays()
         shape = tuple(arrays[0].shape) if arrays else ()
         axes = tuple(axis for axis in range(x.ndim) if not shape or shape[axis] == 1)
-        return self.quantizer.init(x, axes=axes, xp=xp)
+        return self.quantizer.init(widened(x), axes=axes, xp=xp)
 
     def _store(self, values: tuple[Tensor, ...]) -> None:
         for array, value in zip(self._arrays(), values, strict=True):
             array.copy_(value.reshape(array.shape))
 
     def _broadcast(self, array: Tensor, x: Tensor) -> Tensor:
-        return array.to(x.dtype).reshape((1,) * x.ndim) if array.ndim == 0 else array.to(x.dtype)
+        array = array.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return array.reshape((1,) * x.ndim) if array.ndim == 0 else array
 
     def _elements(self, x: Tensor) -> float:
         if self.role == "activation":
@@ -241,10 +250,6 @@ class FakeQuantize(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read_flags()
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def mean_over_replicas(value: Tensor) -> Tensor:

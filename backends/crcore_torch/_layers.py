@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from crcore_torch._bind import quantized_again
+
 # Which axis of the weight holds the output channels.
 CHANNEL_AXIS: dict[type[nn.Module], int] = {
     nn.Linear: 0,
@@ -76,6 +78,11 @@ class QuantizedLayer(_InputQuantized):
 
     if TYPE_CHECKING:
         weight_quantizer: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on its quantized input: the first argument, or the keyword ``input``."""
+        with quantized_again():
+            return super().forward(*args, **kwargs)
 
     @property
     def weight(self) -> Tensor:

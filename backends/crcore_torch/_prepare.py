@@ -11,12 +11,13 @@ from torch import nn
 
 from crcore import CRCoreError, LayerQuantizers, Quantizer, Recipe
 from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._kernels import check_kernel
 from crcore_torch._layers import FLOAT_LAYERS, OPAQUE_LAYERS, QuantizedLayer, channel_axis, mixed
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def prepare(model: Model, recipe: Recipe, *, inplace: bool = False) -> Model:
+def prepare(model: Model, recipe: Recipe, *, inplace: bool = False, kernel: str = "auto") -> Model:
     """Insert the recipe's fake quantization into ``model``.
 
     Linear, Conv1-3d, ConvTranspose1-3d and Embedding layers, and subclasses of them, get a ``weight_quantizer`` and an
@@ -29,13 +30,15 @@ def prepare(model: Model, recipe: Recipe, *, inplace: bool = False) -> Model:
         model: any module. Moved, cast or loaded before or after, as you like.
         recipe: what is quantized how. ``consistency`` and ``ema`` play no part here.
         inplace: change ``model`` itself instead of a deep copy.
+        kernel: what runs the quantizers, as in `FakeQuantize`.
 
     Returns:
         the prepared model, in the same train/eval mode.
 
     Raises:
         CRCoreError: the model has parameters that would silently stay in float (recurrent cells, MultiheadAttention,
-            tensors used by functional code), is prepared already, or does not fit the recipe. Nothing is changed then.
+            tensors used by functional code), is prepared already, or does not fit the recipe; or the kernel cannot run
+            here. Nothing is changed then.
 
     >>> import crcore, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -49,11 +52,14 @@ def prepare(model: Model, recipe: Recipe, *, inplace: bool = False) -> Model:
         raise CRCoreError(
             f"prepare takes a crcore.Recipe, got {type(recipe).__name__}; for example Recipe(LSQ(4), LSQ(4))"
         )
+    check_kernel(kernel)
     plan = _plan(model, recipe)  # raises before anything is copied or changed
     if not inplace:
         model = copy.deepcopy(model)
     tied: dict[int, tuple[Quantizer, FakeQuantize]] = {}
-    fitted = [(name, *_fit(name, model.get_submodule(name), quantizers, tied)) for name, quantizers in plan.items()]
+    fitted = [
+        (name, *_fit(name, model.get_submodule(name), quantizers, tied, kernel)) for name, quantizers in plan.items()
+    ]
     attach(model, fitted)  # which cannot fail
     return model
 
@@ -150,11 +156,16 @@ def _unseen_matrices(name: str, module: nn.Module) -> dict[str, tuple[int, ...]]
 
 
 def _fit(
-    name: str, layer: nn.Module, quantizers: LayerQuantizers, tied: dict[int, tuple[Quantizer, FakeQuantize]]
+    name: str,
+    layer: nn.Module,
+    quantizers: LayerQuantizers,
+    tied: dict[int, tuple[Quantizer, FakeQuantize]],
+    kernel: str,
 ) -> tuple[nn.Module, nn.Module]:
     """The layer's weight quantizer, initialized, and its input quantizer, which waits for data."""
     weight: torch.Tensor = layer._parameters["weight"]  # type: ignore[assignment]
     options: dict[str, Any] = {
+        "kernel": kernel,
         "device": weight.device,
         "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32,
     }

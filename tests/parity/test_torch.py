@@ -8,8 +8,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from crcore_torch import ConsistencyLoss, _kernels
+from crcore_torch import ConsistencyLoss
 from crcore_torch._bind import fake_quantize
+from crcore_torch._kernels import NAMES, _blocked, chosen
 from crcore_torch._teacher import ema_update_
 from crcore_torch._xp import xp
 
@@ -21,18 +22,24 @@ class TorchAdapter:
     name = "torch"
     flushes_denormals = False
 
+    def __init__(self, kernel: str = "auto", layout: str = "contiguous", device: str = "cpu") -> None:
+        self.kernel, self.layout, self.device = kernel, layout, device
+
     def initial(self, quantizer: Any, x: Any, axes: tuple[int, ...]) -> tuple[Any, ...]:
         return tuple(array.numpy() for array in quantizer.init(_tensor(x), axes=axes, xp=xp))
 
     def quantize(
         self, quantizer: Any, x: Any, parameters: tuple[Any, ...], cotangent: Any, elements: float
     ) -> tuple[Any, Any, tuple[Any, ...]]:
-        inner = _tensor(x, grad=True)
-        stored = tuple(_tensor(parameter, grad=quantizer.learned) for parameter in parameters)
-        y = fake_quantize(inner, quantizer, stored, elements)
-        y.backward(_tensor(cotangent))
-        gradients = tuple(_gradient(parameter) for parameter in stored) if quantizer.learned else ()
-        return y.detach().numpy(), _gradient(inner), gradients
+        lay_x, lay_cotangent = LAYOUTS[self.layout]
+        inner = lay_x(_tensor(x).to(self.device)).requires_grad_()
+        stored = tuple(_tensor(p).to(self.device).requires_grad_(quantizer.learned) for p in parameters)
+        with mock.patch.object(_blocked, "_BLOCK", 5):  # short enough for small tensors to fill several
+            y = fake_quantize(inner, quantizer, stored, elements, self.kernel)
+            upstream = lay_cotangent(_tensor(cotangent).to(self.device))
+            wanted = (inner, *stored) if quantizer.learned else (inner,)
+            dx, *gradients = torch.autograd.grad(y, wanted, upstream, allow_unused=True, materialize_grads=True)
+        return y.detach().cpu().numpy(), dx.cpu().numpy(), tuple(gradient.cpu().numpy() for gradient in gradients)
 
     def divergence(
         self, function: Any, student: Any, teacher: Any, cotangent: Any, axis: int, temperature: float
@@ -65,61 +72,51 @@ class TestTorch(ConformanceSuite):
     adapter = TorchAdapter()
 
 
-class BlockedAdapter(TorchAdapter):
-    """The fused kernel walks in blocks; these are short enough for the suite's small tensors to fill several."""
-
-    def quantize(self, *arguments: Any) -> Any:
-        with mock.patch.object(_kernels, "_BLOCK", 5):
-            return super().quantize(*arguments)
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
-class StridedAdapter(TorchAdapter):
-    """A cotangent that lies in memory in another order than the input."""
-
-    def quantize(self, quantizer: Any, x: Any, parameters: Any, cotangent: Any, elements: float) -> Any:
-        inner = self.input(_tensor(x)).requires_grad_()
-        stored = tuple(_tensor(parameter, grad=quantizer.learned) for parameter in parameters)
-        y = fake_quantize(inner, quantizer, stored, elements)
-        reordered = torch.empty(cotangent.shape[::-1]).permute(*range(cotangent.ndim)[::-1])
-        gradients = torch.autograd.grad(
-            y, (inner, *stored) if quantizer.learned else (inner,), reordered.copy_(_tensor(cotangent))
-        )
-        return y.detach().numpy(), gradients[0].numpy(), tuple(gradient.numpy() for gradient in gradients[1:])
-
-    def input(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+def _reordered(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape[::-1], device=x.device).permute(*range(x.ndim)[::-1]).copy_(x)
 
 
-class GappedAdapter(StridedAdapter):
-    """An input with gaps besides."""
-
-    def input(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x, x], dim=-1)[..., 0]
-
-
-class ChannelsLastAdapter(TorchAdapter):
-    def quantize(self, quantizer: Any, x: Any, parameters: Any, cotangent: Any, elements: float) -> Any:
-        if x.ndim != 4:
-            return super().quantize(quantizer, x, parameters, cotangent, elements)
-        inner, upstream = (_tensor(array).contiguous(memory_format=torch.channels_last) for array in (x, cotangent))
-        inner.requires_grad_()
-        stored = tuple(_tensor(parameter, grad=quantizer.learned) for parameter in parameters)
-        with mock.patch.object(_kernels, "_BLOCK", 5):
-            y = fake_quantize(inner, quantizer, stored, elements)
-            gradients = torch.autograd.grad(y, (inner, *stored) if quantizer.learned else (inner,), upstream)
-        return y.detach().numpy(), gradients[0].numpy(), tuple(gradient.numpy() for gradient in gradients[1:])
+# How x and its cotangent lie in memory.
+LAYOUTS: dict[str, tuple[Any, Any]] = {
+    "contiguous": (lambda x: x, lambda g: g),
+    "channels last": (_channels_last, _channels_last),
+    "in another order": (lambda x: x, _reordered),
+    "with gaps": (lambda x: torch.stack([x, x], dim=-1)[..., 0], _reordered),
+}
+# Each kernel on the devices of this machine that it is made for.
+KERNELS = [(kernel, "cpu") for kernel in NAMES if kernel != "triton"]
+if torch.cuda.is_available():
+    KERNELS += [(kernel, "cuda") for kernel in NAMES if kernel != "cpp"]
+LSQS = [name for name, q in QUANTIZERS.items() if isinstance(q, cr.LSQ) and q.bits in (1, 2, 3, 4, 8, 16)]
 
 
-@pytest.mark.parametrize(
-    "adapter",
-    [BlockedAdapter(), StridedAdapter(), GappedAdapter(), ChannelsLastAdapter()],
-    ids=lambda a: type(a).__name__,
-)
-@pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.bits == 3])
-def test_memory_layout_changes_nothing(adapter: Any, name: str) -> None:
-    suite = type("Suite", (ConformanceSuite,), {"adapter": adapter})()
+@pytest.mark.parametrize("name", LSQS)
+@pytest.mark.parametrize(("kernel", "device"), KERNELS)
+def test_every_kernel_keeps_to_the_core(kernel: str, device: str, name: str) -> None:
+    suite = type("Suite", (ConformanceSuite,), {"adapter": TorchAdapter(kernel, device=device)})()
     suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
     suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.bits == 3])
+@pytest.mark.parametrize(("kernel", "device"), KERNELS)
+def test_memory_layout_changes_nothing(kernel: str, device: str, name: str, layout: str) -> None:
+    if kernel in ("blocked", "cpp", "triton") and not isinstance(QUANTIZERS[name], cr.LSQ):
+        return  # the core's formula, as with "core"
+    suite = type("Suite", (ConformanceSuite,), {"adapter": TorchAdapter(kernel, layout, device)})()
+    suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
+    suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
+
+
+def test_the_kernels_that_are_tested_are_those_that_run() -> None:
+    for kernel, device in KERNELS:
+        if kernel != "auto":
+            assert chosen(kernel, cr.LSQ(4, signed=True), torch.device(device)) == kernel
 
 
 def _tensor(array: Any, *, grad: bool = False) -> torch.Tensor:

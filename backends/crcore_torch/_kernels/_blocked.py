@@ -1,9 +1,4 @@
-"""LSQ for eager mode: the core's formulas in place, on blocks that stay in the cache.
-
-Nearly all of what quantization adds to a training step is this one operation. The core's formula makes a new tensor per
-array function; here the same functions run in place on blocks. The conformance kit holds both to the same numbers.
-Under torch.compile the core's own formula is traced, and fused by the compiler.
-"""
+"""LSQ in torch's own functions, in place, on blocks that stay in the cache."""
 
 from __future__ import annotations
 
@@ -14,19 +9,34 @@ import torch
 from torch import Tensor
 
 from crcore import LSQ
+from crcore_torch._kernels._layout import is_dense
 from crcore_torch._xp import xp
+
+NAME = "blocked"
+DTYPES = (torch.float32, torch.float64)
+CHEAP_FORWARD = False
 
 # Elements per block on a CPU: five float32 blocks of this size fit the second-level cache of one core. An accelerator
 # gets one block, since each would be a kernel launch.
 _BLOCK = 1 << 16
 
 
-def supports(quantizer: object, x: Tensor) -> bool:
-    """Whether the functions below serve this case; the core's formula serves every other."""
-    return type(quantizer) is LSQ and not quantizer.grid.binary and not torch.compiler.is_compiling() and _dense(x)
+def why_not() -> str | None:
+    """Nothing: torch has all that it needs."""
+    return None
 
 
-def lsq_forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+def runs_on(device: torch.device) -> bool:
+    """Every device."""
+    return True
+
+
+def supports(x: Tensor, scale: Tensor) -> bool:
+    """Dense tensors."""
+    return scale.dtype == x.dtype and is_dense(x)
+
+
+def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
     """``quantizer.forward(x, scale)``, to the bit."""
     grid, used = quantizer.grid, _used(quantizer, scale)
     y = torch.empty_like(x)
@@ -35,11 +45,8 @@ def lsq_forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def lsq_vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
+def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
-    if torch.is_grad_enabled() or cotangent.stride() != x.stride():
-        # A second derivative is wanted (in-place code has none), or the two cannot be walked side by side.
-        return quantizer.vjp(cotangent, x, scale, elements=elements, xp=xp)  # type: ignore[return-value]
     grid, used = quantizer.grid, _used(quantizer, scale)
     # hardtanh_backward keeps the gradient strictly inside its bounds; ours count as inside.
     below, above = _next_down(grid.lo, x.dtype), -_next_down(-grid.hi, x.dtype)
@@ -70,12 +77,7 @@ def _blocks(tensor: Tensor, scale: Tensor) -> Iterator[Tensor]:
     if scale.numel() > 1:
         return iter((tensor,))
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    return iter((flat,) if tensor.is_cuda else flat.split(_BLOCK))
-
-
-def _dense(x: Tensor) -> bool:
-    """Whether the elements lie in memory without gaps, in one of torch's layouts."""
-    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return iter(flat.split(_BLOCK) if tensor.is_cpu else (flat,))
 
 
 def _next_down(value: int, dtype: torch.dtype) -> float:

@@ -1,0 +1,128 @@
+"""The ways to run a quantizer on a torch tensor, and which one is chosen.
+
+    core      the core's formula, function by function: every quantizer, every device; what torch.compile traces
+    blocked   LSQ in place, on blocks that stay in the cache
+    cpp       LSQ in one pass of C++ over the tensor, built where a compiler is found
+    triton    LSQ in one pass of a CUDA device over the tensor
+
+Nearly all of what quantization adds to a training step is this one operation, and its time is that of moving memory:
+the core's formula makes a new tensor per array function. The conformance kit holds every kernel to the core's numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from crcore import LSQ, CRCoreError, Quantizer
+from crcore_torch._kernels import _blocked, _cpp, _triton
+from crcore_torch._xp import xp
+
+
+class Kernel(Protocol):
+    """A module of this package. Tensors have one of its ``DTYPES``, on its device, x and cotangent alike in memory."""
+
+    NAME: str
+    DTYPES: tuple[torch.dtype, ...]
+    # Whether a second forward costs less than keeping its result from the forward to the backward pass.
+    CHEAP_FORWARD: bool
+
+    def why_not(self) -> str | None:
+        """What is missing on this machine, and what to do about it."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it is made for such a device."""
+
+    def supports(self, x: Tensor, scale: Tensor) -> bool:
+        """Whether it can walk through the two."""
+
+    def forward(self, quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+        """``quantizer.forward(x, scale)``, to the bit."""
+
+    def vjp(self, quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Any, ...]:
+        """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
+
+
+_KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (_cpp, _triton, _blocked)}  # the fastest first
+NAMES = ("auto", "core", *sorted(_KERNELS))
+
+
+def check_kernel(name: str) -> None:
+    """Raise what a user needs to know about a kernel that cannot be had."""
+    if name not in NAMES:
+        raise CRCoreError(f"kernel must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    if name in _KERNELS and (reason := _KERNELS[name].why_not()):
+        raise CRCoreError(f"kernel={name!r} cannot run here: {reason}; or let kernel='auto' choose")
+
+
+def chosen(name: str, quantizer: Quantizer, device: torch.device) -> str:
+    """The kernel that ``name`` stands for with such a quantizer on such a device."""
+    candidates = _candidates(name, quantizer, device) if type(quantizer) is LSQ else ()
+    return next((kernel.NAME for kernel in candidates), "core")
+
+
+def forward(name: str, quantizer: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    """``quantizer.forward(x, *parameters)`` in float32 or wider, in the dtype of ``x``."""
+    kernel, given = _kernel_for(name, quantizer, x, parameters)
+    if kernel is None:
+        return quantizer.forward(widened(x), *parameters, xp=xp).to(x.dtype)  # type: ignore[no-any-return]
+    return kernel.forward(quantizer, given, parameters[0]).to(x.dtype)
+
+
+def vjp(
+    name: str, quantizer: Any, cotangent: Tensor, x: Tensor, *parameters: Tensor, elements: float
+) -> tuple[Tensor, ...]:
+    """``quantizer.vjp(cotangent, x, *parameters)`` in float32 or wider; dx in the dtype of ``x``."""
+    kernel, given = _kernel_for(name, quantizer, x, parameters)
+    if kernel is None or torch.is_grad_enabled():  # a second derivative is wanted, which the kernels have not
+        dx, *others = quantizer.vjp(widened(cotangent), widened(x), *parameters, elements=elements, xp=xp)
+    else:
+        if cotangent.stride() != given.stride() or cotangent.dtype != given.dtype or not _plain(cotangent):
+            cotangent = torch.empty_like(given).copy_(cotangent)
+        dx, *others = kernel.vjp(quantizer, cotangent, given, *parameters, elements=elements)
+    return dx.to(x.dtype), *others
+
+
+def has_cheap_forward(name: str, quantizer: Any, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the forward had better be run again in the backward pass than its result be kept."""
+    kernel, _ = _kernel_for(name, quantizer, x, parameters)
+    return kernel is not None and kernel.CHEAP_FORWARD
+
+
+def widened(x: Tensor) -> Tensor:
+    """In the dtype that quantizers compute in."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _kernel_for(
+    name: str, quantizer: Quantizer, x: Tensor, parameters: tuple[Tensor, ...]
+) -> tuple[Kernel | None, Tensor]:
+    """The kernel for this case, or None for the core's formula; and ``x`` in a dtype that it takes."""
+    # What is traced or batched (torch.compile, torch.export, torch.func) has no memory to walk through.
+    if type(quantizer) is not LSQ or name == "core" or torch.compiler.is_compiling() or not _plain(x):
+        return None, x
+    for kernel in _candidates(name, quantizer, x.device):
+        given = x if x.dtype in kernel.DTYPES else widened(x)
+        if given.dtype in kernel.DTYPES and kernel.supports(given, parameters[0]):
+            return kernel, given
+    return None, x
+
+
+@functools.lru_cache(maxsize=1024)
+def _candidates(name: str, quantizer: LSQ, device: torch.device) -> tuple[Kernel, ...]:
+    if quantizer.signed is None or quantizer.grid.binary:
+        return ()
+    named = [kernel for kernel in _KERNELS.values() if name in (kernel.NAME, "auto") and kernel.runs_on(device)]
+    return tuple(kernel for kernel in named if not kernel.why_not())
+
+
+def _plain(x: Tensor) -> bool:
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg():
+        return False
+    try:
+        return x.data_ptr() != 0
+    except RuntimeError:  # torch.func's wrappers have no address
+        return False

@@ -1,0 +1,37 @@
+"""How a tensor and its scales lie in memory, for the kernels that walk through it once."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crcore import LSQ
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements lie in memory without gaps, in one of torch's layouts."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def rows(x: Tensor, scale: Tensor) -> tuple[int, int, int] | None:
+    """``(outer, channels, inner)``: in memory order, element (o, c, i) has scale c; None if it has no such order."""
+    if not is_dense(x):
+        return None
+    axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    if not axes:
+        return 1, 1, x.numel()
+    (axis,) = axes
+    if x.is_contiguous():
+        return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
+    return (1, x.shape[0], math.prod(x.shape[1:])) if axis == 0 else None
+
+
+@functools.cache
+def limits(quantizer: LSQ) -> tuple[float, float, float, float]:
+    """``(lo, hi, lowest scale, highest scale)``: a stored scale is used as clipped to the last two."""
+    ends, _ = quantizer.affine(np.array([-np.inf, np.inf]))
+    return float(quantizer.grid.lo), float(quantizer.grid.hi), float(ends[0]), float(ends[1])

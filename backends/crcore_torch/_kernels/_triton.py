@@ -1,0 +1,69 @@
+"""LSQ in Triton, for CUDA devices: one launch for the forward, one for the gradient and one to add up its sums."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crcore import LSQ
+from crcore_torch._kernels._layout import limits, rows
+
+NAME = "triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHEAP_FORWARD = True
+
+
+def why_not() -> str | None:
+    """What is not installed."""
+    return None if importlib.util.find_spec("triton") else "it needs Triton; pip install triton"
+
+
+def runs_on(device: torch.device) -> bool:
+    """CUDA devices, those of ROCm included."""
+    return device.type == "cuda"
+
+
+def supports(x: Tensor, scale: Tensor) -> bool:
+    """Dense tensors whose channels lie in rows."""
+    return scale.dtype == torch.float32 and rows(x, scale) is not None
+
+
+def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+    """``quantizer.forward(x, scale)``, to the bit."""
+    y = torch.empty_like(x)
+    launch, programs, sizes = _plan(x, scale)
+    with torch.cuda.device_of(x):
+        launch.forward[(programs,)](x, scale.contiguous(), y, *limits(quantizer), *sizes)
+    return y
+
+
+def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
+    """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
+    dx = torch.empty_like(x)
+    outer, channels, _ = rows(x, scale)  # type: ignore[misc]  # `supports` was asked
+    launch, programs, sizes = _plan(x, scale)
+    sums = torch.empty(programs, device=x.device)
+    grad_scale = (elements * quantizer.grid.hi) ** -0.5
+    with torch.cuda.device_of(x):
+        launch.backward[(programs,)](x, cotangent, scale.contiguous(), dx, sums, *limits(quantizer), grad_scale, *sizes)
+    if programs > channels:
+        sums = sums.view(outer, channels, -1).sum((0, 2))
+    return dx, sums.view(scale.shape)
+
+
+def _plan(x: Tensor, scale: Tensor) -> tuple[Any, int, tuple[int, int, int, int]]:
+    """The compiled functions, how many programs to launch, and ``(channels, inner, blocks per row, block)``."""
+    from crcore_torch._kernels import _triton_lsq
+
+    outer, channels, inner = rows(x, scale)  # type: ignore[misc]
+    block = _block(inner)
+    per_row = -(-inner // block)
+    return _triton_lsq, outer * channels * per_row, (channels, inner, per_row, block)
+
+
+def _block(inner: int) -> int:
+    """Elements per program: a whole row, within what one program's registers take."""
+    return min(max(1 << (inner - 1).bit_length(), 128), 4096)
