@@ -18,7 +18,7 @@ class _FakeQuantize(torch.autograd.Function):
         return _kernels.forward(kernel, quantizer, x, *parameters)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.kernel, ctx.quantizer, ctx.elements, *tensors = inputs
         # Only the inputs: everything else is recomputed, which takes less memory than keeping it.
         ctx.save_for_backward(*tensors)
@@ -29,6 +29,17 @@ class _FakeQuantize(torch.autograd.Function):
         gradients = _kernels.vjp(ctx.kernel, ctx.quantizer, cotangent, x, *parameters, elements=ctx.elements)
         constants = 1 + len(parameters) - len(gradients)
         return None, None, None, *gradients, *[None] * constants
+
+
+class _EagerFakeQuantize(torch.autograd.Function):
+    """The same in the form that torch calls faster, by as much as a small layer takes; torch.func needs the other."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _FakeQuantize.setup_context(ctx, inputs, output=inputs[3])
+        return _FakeQuantize.forward(*inputs)
+
+    backward = _FakeQuantize.backward
 
 
 def fake_quantize(
@@ -46,7 +57,9 @@ def fake_quantize(
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *parameters)):
         # Not only cheaper: where nothing needs a gradient, torch.compile hands forward() a context it does not take.
         return _kernels.forward(kernel, quantizer, x, *parameters)
-    return _FakeQuantize.apply(kernel, quantizer, elements, x, *parameters)
+    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    function = _FakeQuantize if is_transformed else _EagerFakeQuantize
+    return function.apply(kernel, quantizer, elements, x, *parameters)
 
 
 def quantized_again() -> AbstractContextManager[Any]:
@@ -79,7 +92,7 @@ class _QuantizedAgain(NamedTuple):
 def _pack(tensor: Tensor) -> _Kept | _QuantizedAgain:
     quantized = tensor if tensor._base is None else tensor._base
     node: Any = quantized.grad_fn
-    ours: type[Any] = _FakeQuantize._backward_cls  # type: ignore[attr-defined]
+    ours: type[Any] = _EagerFakeQuantize._backward_cls  # type: ignore[attr-defined]
     if isinstance(node, ours) and _kernels.has_cheap_forward(node.kernel, node.quantizer, *node.saved_tensors):
         return _QuantizedAgain(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
     # Detached: an operation that keeps its own output would keep itself.

@@ -28,13 +28,18 @@ def _mean(x: Tensor, axis: Any, keepdims: bool = False) -> Tensor:
     return torch.mean(x, dim=axis, keepdim=keepdims)
 
 
+def _divide(x: Tensor, y: Any) -> Tensor:
+    # On CUDA, torch multiplies by the reciprocal of a number, which is another value for some of the quotients.
+    return torch.divide(x, torch.full_like(x, y) if x.is_cuda and not isinstance(y, Tensor) else y)
+
+
 xp = SimpleNamespace(
     abs=torch.abs,
     amax=_amax,
     amin=_amin,
     clip=torch.clamp,
     cos=torch.cos,
-    divide=torch.divide,
+    divide=_divide,
     exp=torch.exp,
     log=torch.log,
     logaddexp=torch.logaddexp,

@@ -30,17 +30,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _WORTH_A_THREAD = 1 << 15  # elements
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        ("outer", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("threads", ctypes.c_int),
-    )
-
-
-class _Grid(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_double) for name in ("lo", "hi", "lowest_scale", "highest_scale"))
+_SHAPE_AND_GRID = (ctypes.c_int64,) * 3 + (ctypes.c_int,) + (ctypes.c_double,) * 4
 
 
 def why_not() -> str | None:
@@ -69,18 +59,18 @@ def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
 def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
     dx, dscale = torch.empty_like(x), torch.empty_like(scale, memory_format=torch.contiguous_format)
-    grad_scale = ctypes.c_double((elements * quantizer.grid.hi) ** -0.5)
+    grad_scale = (elements * quantizer.grid.hi) ** -0.5
     _call("backward", quantizer, scale, (x, cotangent, scale.contiguous(), dx, dscale), grad_scale)
     return dx, dscale
 
 
-def _call(what: str, quantizer: LSQ, scale: Tensor, tensors: tuple[Tensor, ...], *more: Any) -> None:
+def _call(what: str, quantizer: LSQ, scale: Tensor, tensors: tuple[Tensor, ...], *more: float) -> None:
     x = tensors[0]
-    outer, channels, inner = rows(x, scale)  # type: ignore[misc]  # `supports` was asked
     threads = torch.get_num_threads() if x.numel() > _WORTH_A_THREAD else 1
-    function = getattr(_built(), f"{what}_{str(x.dtype).removeprefix('torch.')}")
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    function(*pointers, _Shape(outer, channels, inner, threads), _Grid(*limits(quantizer)), *more)
+    function: Any = _built()
+    function = getattr(function, f"{what}_float32" if x.dtype == torch.float32 else f"{what}_float64")
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    function(*pointers, *rows(x, scale), threads, *limits(quantizer), *more)  # type: ignore[misc]  # `supports` was asked
 
 
 @functools.cache
@@ -102,7 +92,15 @@ def _built() -> ctypes.CDLL | str:
                 made = Path(temporary) / library.name
                 subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], capture_output=True, check=True)
                 made.replace(library)
-        return ctypes.CDLL(str(library))
+        functions = ctypes.CDLL(str(library))
+        for name in ("float32", "float64"):
+            getattr(functions, f"forward_{name}").argtypes = (*[ctypes.c_void_p] * 3, *_SHAPE_AND_GRID)
+            getattr(functions, f"backward_{name}").argtypes = (
+                *[ctypes.c_void_p] * 5,
+                *_SHAPE_AND_GRID,
+                ctypes.c_double,
+            )
+        return functions
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[:500]}"
     except (OSError, RuntimeError) as error:

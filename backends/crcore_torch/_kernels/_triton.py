@@ -43,14 +43,14 @@ def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
 def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
     dx = torch.empty_like(x)
-    outer, channels, _ = rows(x, scale)  # type: ignore[misc]  # `supports` was asked
     launch, programs, sizes = _plan(x, scale)
+    channels = sizes[0]
     sums = torch.empty(programs, device=x.device)
     grad_scale = (elements * quantizer.grid.hi) ** -0.5
     with torch.cuda.device_of(x):
         launch.backward[(programs,)](x, cotangent, scale.contiguous(), dx, sums, *limits(quantizer), grad_scale, *sizes)
     if programs > channels:
-        sums = sums.view(outer, channels, -1).sum((0, 2))
+        sums = sums.view(-1, channels, sizes[2]).sum((0, 2))
     return dx, sums.view(scale.shape)
 
 
@@ -65,5 +65,5 @@ def _plan(x: Tensor, scale: Tensor) -> tuple[Any, int, tuple[int, int, int, int]
 
 
 def _block(inner: int) -> int:
-    """Elements per program: a whole row, within what one program's registers take."""
-    return min(max(1 << (inner - 1).bit_length(), 128), 4096)
+    """Elements per program: a whole row, if it is short; of 1024 to 8192, measured on an H200, the fastest else."""
+    return min(max(1 << (inner - 1).bit_length(), 128), 2048)

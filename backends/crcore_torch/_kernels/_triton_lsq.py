@@ -28,12 +28,27 @@ def _within(v, lo, hi):
 
 
 @triton.jit
+def _quotient(x, step, lo, hi):
+    """``x / step`` to the bit where that is near the grid, and something beyond the grid elsewhere.
+
+    From the reciprocal, with two corrections by the exact remainder (Markstein, "Computation of elementary functions on
+    the IBM RISC System/6000 processor", 1990): fewer instructions than a division, and those are what half precision
+    waits for.
+    """
+    inverse = tl.div_rn(1.0, step)
+    x = _within(x, (lo - 1.0) * step, (hi + 1.0) * step)  # for what would overflow
+    v = x * inverse
+    v = tl.fma(tl.fma(-v, step, x), inverse, v)
+    return tl.fma(tl.fma(-v, step, x), inverse, v)
+
+
+@triton.jit
 def forward(
     x, scale, y, lo, hi, lowest_scale, highest_scale, channels, inner, per_row, block: tl.constexpr
 ):  # fmt: skip
     """``round(clip(x / scale, lo, hi)) * scale``."""
     at, exists, step = _block_of(scale, lowest_scale, highest_scale, channels, inner, per_row, block)
-    v = tl.div_rn(tl.load(x + at, exists, other=0.0).to(tl.float32), step)
+    v = _quotient(tl.load(x + at, exists, other=0.0).to(tl.float32), step, lo, hi)
     tl.store(y + at, libdevice.rint(_within(v, lo, hi)) * step, exists)
 
 
@@ -44,7 +59,7 @@ def backward(
 ):  # fmt: skip
     """``dx``, and each program's part of ``dscale``."""
     at, exists, step = _block_of(scale, lowest_scale, highest_scale, channels, inner, per_row, block)
-    v = tl.div_rn(tl.load(x + at, exists, other=0.0).to(tl.float32), step)
+    v = _quotient(tl.load(x + at, exists, other=0.0).to(tl.float32), step, lo, hi)
     upstream = tl.load(g + at, exists, other=0.0).to(tl.float32)
     q = libdevice.rint(_within(v, lo, hi))
     inside = (v >= lo) & (v <= hi)

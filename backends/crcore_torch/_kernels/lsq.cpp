@@ -102,13 +102,18 @@ void backward(const T* x, const T* g, const T* scale, T* dx, T* dscale, const Sh
 
 }  // namespace
 
-#define FOR_TYPE(T, NAME)                                                                               \
-  extern "C" void forward_##NAME(const T* x, const T* scale, T* y, Shape shape, Grid grid) {            \
-    forward<T>(x, scale, y, shape, grid);                                                               \
-  }                                                                                                     \
-  extern "C" void backward_##NAME(const T* x, const T* g, const T* scale, T* dx, T* dscale, Shape shape, \
-                                  Grid grid, double grad_scale) {                                       \
-    backward<T>(x, g, scale, dx, dscale, shape, grid, grad_scale);                                      \
+#define SHAPE_AND_GRID                                                                                \
+  int64_t outer, int64_t channels, int64_t inner, int threads, double lo, double hi, double lowest_scale, \
+      double highest_scale
+#define SHAPE {outer, channels, inner, threads}
+#define GRID {lo, hi, lowest_scale, highest_scale}
+#define FOR_TYPE(T, NAME)                                                                              \
+  extern "C" void forward_##NAME(const T* x, const T* scale, T* y, SHAPE_AND_GRID) {                   \
+    forward<T>(x, scale, y, SHAPE, GRID);                                                              \
+  }                                                                                                    \
+  extern "C" void backward_##NAME(const T* x, const T* g, const T* scale, T* dx, T* dscale,            \
+                                  SHAPE_AND_GRID, double grad_scale) {                                 \
+    backward<T>(x, g, scale, dx, dscale, SHAPE, GRID, grad_scale);                                     \
   }
 
 FOR_TYPE(float, float32)
