@@ -52,6 +52,24 @@ def test_gradients_of_large_tensors_keep_to_float64(kernel, shape):
 
 
 @EVERY_KERNEL
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_may_lie_on_any_axis(kernel, axis, layout):
+    x = torch.randn(5, 6, 7, 8).to(memory_format=layout)
+    g = torch.randn(5, 6, 7, 8).to(memory_format=layout)
+    shape = [size if i == axis else 1 for i, size in enumerate(x.shape)]
+    stored = torch.linspace(0.1, 0.4, x.shape[axis]).reshape(shape)
+    results = []
+    for name in ("core", kernel):
+        inner, scale = x.clone().requires_grad_(), stored.clone().requires_grad_()
+        y = fake_quantize(inner, LSQ, (scale,), 100.0, name)
+        results.append((y, *torch.autograd.grad(y, (inner, scale), g)))
+    for expected, found, tolerance in zip(*results, (0.0, 0.0, 1e-5), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert found.stride() == expected.stride()
+
+
+@EVERY_KERNEL
 def test_values_that_are_not_numbers_come_out_as_the_cores_do(kernel):
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0, -0.0] * 20])
     for step in (0.5, float("nan"), -1.0, 0.0, float("inf")):
