@@ -1,0 +1,481 @@
+"""How torch_step.py measures: the clocks, the rounds, and each of its measures. What is measured is in torch_students.
+
+Every measure returns what goes into the JSON file. A variant that cannot be measured stands under "not measured" with
+its reason; only the float network and crcore's default must not fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import itertools
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_students import KINDS, NotMeasured, crcore, network, quantizer_of, student
+
+Work = Callable[[], Any]
+COMPILED = ("float", "crcore", "crcore-core", "crcore-triton", "detach")  # those that `compiled` measures
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measures have in common."""
+
+    device: str = "cpu"
+    rounds: int = 9
+    steps: int = 1  # timed together, in each round
+    autocast: str | None = None
+    channels_last: bool = False
+    compile_mode: str | None = None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether work is queued, and done later."""
+        return self.device == "cuda"
+
+
+def progress(text: str) -> None:
+    """A line on the screen."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- clocks and rounds ---
+
+
+def timed(work: Work, times: int, *, cuda: bool) -> dict[str, float]:
+    """Seconds of one call, from `times` calls in a row."""
+    if not cuda:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(times):
+            work()
+        return {"cpu": (time.process_time() - cpu) / times, "wall": (time.perf_counter() - wall) / times}
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    wall = time.perf_counter()
+    begin.record()
+    for _ in range(times):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - wall
+    return {"event": begin.elapsed_time(end) / 1e3 / times, "wall": wall / times}
+
+
+def in_turn(works: dict[str, Work], settings: Settings, what: str) -> dict[str, dict[str, list[float]]]:
+    """Seconds by clock, work and round. Each round starts with another of them."""
+    samples: dict[str, dict[str, list[float]]] = {}
+    names = list(works)
+    for round_ in range(settings.rounds):
+        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+            for clock, seconds in timed(works[name], settings.steps, cuda=settings.cuda).items():
+                samples.setdefault(clock, {each: [] for each in names})[name].append(seconds)
+        progress(f"{what}: round {round_ + 1} of {settings.rounds}")
+    return samples
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """The median and the quartiles."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": statistics.median(values), "quartiles": [quartiles[0], quartiles[2]]}
+
+
+def ratios(samples: dict[str, list[float]], base: str) -> dict[str, Any]:
+    """Of the ratio within a round."""
+    return {
+        name: spread([a / b for a, b in zip(values, samples[base], strict=True)])
+        for name, values in samples.items()
+        if name != base
+    }
+
+
+def report(samples: dict[str, dict[str, list[float]]], base: str) -> dict[str, Any]:
+    """Rounds, medians, and ratios to ``base``, by clock."""
+    return {
+        "median seconds": {
+            clock: {name: statistics.median(values) for name, values in by_name.items()}
+            for clock, by_name in samples.items()
+        },
+        "ratios": {clock: ratios(by_name, base) for clock, by_name in samples.items()},
+        "seconds by round": samples,
+    }
+
+
+# --- one training step ---
+
+
+class Step:
+    """A call makes one training step: forward, backward, SGD with momentum; with a teacher also its part."""
+
+    def __init__(self, net: nn.Module, batch: int, settings: Settings) -> None:
+        self.net, self.settings = net, settings
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+        self.batches = itertools.cycle(batches(batch, settings))
+
+    def __call__(self) -> None:
+        """One step."""
+        if self.settings.compile_mode:
+            torch.compiler.cudagraph_mark_step_begin()
+        self.loss(*next(self.batches)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, x: Tensor, other: Tensor, y: Tensor) -> Tensor:
+        """On the batch ``x``; a second view of it is there too."""
+        with autocast(self.settings):
+            logits = self.net(x)
+        return F.cross_entropy(logits.float(), y)
+
+
+class ConsistencyStep(Step):
+    """The step of the documentation, docs/pytorch.md."""
+
+    def __init__(self, net: nn.Module, batch: int, settings: Settings, *, term: bool) -> None:
+        super().__init__(net, batch, settings)
+        import crcore_torch as crt
+
+        import crcore as cr
+
+        self.term = term
+        self.teacher = crt.Teacher(net, cr.EMA(0.999))
+        self.teacher.follow(self.optimizer)
+        self.consistency = crt.ConsistencyLoss(cr.Consistency(weight=1.0))
+
+    def loss(self, x: Tensor, other: Tensor, y: Tensor) -> Tensor:
+        """Cross entropy, and the teacher on the second view."""
+        with autocast(self.settings):
+            logits = self.net(x)
+            target = self.teacher(other) if self.term else None
+        loss = F.cross_entropy(logits.float(), y)
+        return loss if target is None else loss + self.consistency(logits, target, step=self.teacher.step)
+
+
+def autocast(settings: Settings) -> Any:
+    """The context that was asked for."""
+    if not settings.autocast:
+        return nullcontext()
+    return torch.autocast(settings.device, dtype=getattr(torch, settings.autocast))
+
+
+def batches(batch: int, settings: Settings, number: int = 4) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Two views of random images, and labels; as many as keep the loss away from zero."""
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+
+    def images() -> Tensor:
+        return torch.randn(batch, 3, 32, 32, generator=generator).to(settings.device, memory_format=layout)
+
+    return [
+        (images(), images(), torch.randint(10, (batch,), generator=generator).to(settings.device))
+        for _ in range(number)
+    ]
+
+
+def float_network(name: str, settings: Settings) -> nn.Module:
+    """On the device, in the memory format."""
+    net = network(name).to(settings.device)
+    return net.to(memory_format=torch.channels_last) if settings.channels_last else net  # type: ignore[call-overload]
+
+
+def attempt(variant: str, missing: dict[str, str], make: Callable[[str], Any]) -> Any:
+    """What ``make(variant)`` returns, or None and the reason under the variant's name."""
+    try:
+        return make(variant)
+    except NotMeasured as error:
+        missing[variant] = str(error)
+    except Exception as error:
+        if variant in ("float", "crcore"):
+            raise
+        missing[variant] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    progress(f"{variant} is not measured: {missing[variant]}")
+    return None
+
+
+def clean(settings: Settings) -> None:
+    """Give memory back before the next measurement."""
+    gc.collect()
+    if settings.cuda:
+        torch.cuda.empty_cache()
+
+
+def step(name: str, variants: tuple[str, ...], batch: int, settings: Settings) -> dict[str, Any]:
+    """Training steps, over the float step."""
+    net, missing = float_network(name, settings), {}
+    x = batches(batch, settings, 1)[0][0]
+
+    def made(variant: str) -> Work:
+        work = Step(student(variant, net, x), batch, settings)
+        for _ in range(2):  # momentum; and what else is made once
+            work()
+        return work
+
+    works = {variant: work for variant in variants if (work := attempt(variant, missing, made))}
+    found = report(in_turn(works, settings, f"step, {name}, batch {batch}"), "float")
+    images = {variant: batch / seconds for variant, seconds in found["median seconds"]["wall"].items()}
+    clean(settings)
+    return {"network": name, "batch": batch, **found, "images per second": images, "not measured": missing}
+
+
+def compiled(name: str, variants: tuple[str, ...], batch: int, settings: Settings) -> dict[str, Any]:
+    """The same with each network compiled whole, over the compiled float step."""
+    net, missing = float_network(name, settings), {}
+    x = batches(batch, settings, 1)[0][0]
+    breaks: dict[str, int] = {}
+    first: dict[str, float] = {}
+    again: dict[str, int] = {}
+
+    def made(variant: str) -> Work:
+        eager = student(variant, net, x)
+        breaks[variant] = torch._dynamo.explain(eager)(x).graph_break_count
+        began = time.perf_counter()
+        work = Step(torch.compile(eager, fullgraph=True, mode=settings.compile_mode), batch, settings)  # type: ignore[arg-type]
+        for _ in range(2):
+            work()
+        first[variant] = time.perf_counter() - began
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(3):
+                work()
+        again[variant] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+        progress(f"compiled, {name}: {variant}, first steps {first[variant]:.0f} s")
+        return work
+
+    torch._dynamo.reset()
+    works = {variant: work for variant in variants if (work := attempt(variant, missing, made))}
+    found = report(in_turn(works, settings, f"compiled, {name}, batch {batch}"), "float")
+    clean(settings)
+    return {
+        "network": name,
+        "batch": batch,
+        **found,
+        "fullgraph": True,
+        "graph breaks": breaks,
+        "recompilations": again,
+        "seconds of the first steps": first,
+        "not measured": missing,
+    }
+
+
+def parts(name: str, batch: int, settings: Settings) -> dict[str, Any]:
+    """What the teacher adds to a QAT step: all of it, its average, and these by themselves."""
+    net = float_network(name, settings)
+    x = batches(batch, settings, 1)[0][0]
+    average = ConsistencyStep(student("crcore", net, x), batch, settings, term=False)
+    works: dict[str, Work] = {
+        "qat": Step(student("crcore", net, x), batch, settings),
+        "average": average,
+        "consistency": ConsistencyStep(student("crcore", net, x), batch, settings, term=True),
+        "update alone": average.teacher.update,
+        "teacher's forward alone": lambda: average.teacher(x),
+    }
+    for work in [*works.values()] * 2:
+        work()
+    found = report(in_turn(works, settings, f"parts, {name}"), "qat")
+    clean(settings)
+    return {"network": name, "batch": batch, **found}
+
+
+# --- memory ---
+
+
+def memory_of(variant: str, name: str, batch: int, settings: Settings) -> dict[str, float]:
+    """Bytes of one step at its peak, and bytes kept for backward.
+
+    On CUDA the peak is the allocator's. On a CPU it is the peak of the resident memory in the step (VmHWM, which
+    clear_refs sets back) over what was resident before, plus the tensors that live from step to step (parameters,
+    buffers, momentum): so imports and what compilers left do not count. It needs a process of its own, in which
+    MALLOC_MMAP_THRESHOLD_ is set, so that freed tensors are not resident.
+    """
+    net = float_network(name, settings)
+    before = torch.cuda.memory_allocated() if settings.cuda else 0
+    made = student(variant, net, batches(min(batch, 32), settings, 1)[0][0])
+    del net
+    work = Step(made, batch, settings)
+    inputs = sum(storages(itertools.chain(*batches(batch, settings))).values())
+    work()
+    saved = saved_bytes(work)
+    clean(settings)
+    if settings.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return {"peak": torch.cuda.max_memory_allocated() - before - inputs, "saved": saved}
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = status("VmRSS")
+    work()
+    momentum = (state["momentum_buffer"] for state in work.optimizer.state.values())
+    lasting = storages(itertools.chain(made.parameters(), made.buffers(), momentum))
+    return {"peak": status("VmHWM") - resident + sum(lasting.values()), "saved": saved}
+
+
+def status(field: str) -> int:
+    """Bytes, of what Linux says about this process."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    if found is None:
+        raise NotMeasured(f"/proc/self/status has no {field}")
+    return int(found[1]) * 1024
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address, so that what is shared counts once."""
+    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def saved_bytes(work: Step) -> int:
+    """Bytes of the storages that autograd packs in one step, parameters excluded.
+
+    What an operator keeps for itself elsewhere than through autograd does not show here.
+    """
+    own = storages(itertools.chain(work.net.parameters(), work.net.buffers()))
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = work.loss(*next(work.batches))
+    total = sum(storages(kept).values())
+    loss.backward()
+    work.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+# --- scaling ---
+
+
+def scaling(settings: Settings, *, small: bool = False) -> list[dict[str, Any]]:
+    """QAT over float as the batch, the depth and the number of quantized layers grow, of small ResNets."""
+    cases = [("batch", size, "resnet-1", size, None) for size in ((2,) if small else (8, 32, 128))]
+    cases += [("blocks per stage", n, f"resnet-{n}", 32, None) for n in (() if small else (1, 3, 5))]
+    cases += [("quantized layers", n, "resnet-3", 32, n) for n in (() if small else (5, 10, 22))]
+    rows = []
+    for what, value, name, batch, quantized in cases:
+        net = float_network(name, settings)
+        names = [own for own, module in net.named_modules() if isinstance(module, KINDS)]
+        made = crcore(net, "auto", skip=() if quantized is None else tuple(names[quantized:])).train()
+        works = {"float": Step(copy.deepcopy(net), batch, settings), "crcore": Step(made, batch, settings)}
+        for work in [*works.values()] * 2:
+            work()
+        found = report(in_turn(works, settings, f"scaling, {what} {value}"), "float")
+        rows.append({"what": what, "value": value, "network": name, "batch": batch, "layers": len(names), **found})
+    clean(settings)
+    return rows
+
+
+# --- the quantizer alone ---
+
+
+def quantizer(
+    shape: tuple[int, ...], dtype: str, variants: tuple[str, ...], settings: Settings, repeats: int
+) -> dict[str, Any]:
+    """Forward and backward of the input quantizer, in copies of the tensor.
+
+    Forward at least reads x and writes y, as a copy does; backward reads x and g and writes dx, one and a half copies.
+    Inputs and gradients rotate, so that what a cache holds is as in a network.
+    """
+    made = {"device": settings.device, "dtype": getattr(torch, dtype)}
+    buffers = [(torch.randn(shape, **made).requires_grad_(), torch.randn(shape, **made)) for _ in range(3)]
+    target = torch.empty(shape, **made)
+    missing: dict[str, str] = {}
+
+    def ready(title: str, *, whole: bool = False) -> Callable[[Tensor], Tensor]:
+        quantize = quantizer_of(title.removesuffix(", compiled"), buffers[0][0].detach())
+        if whole:
+            quantize = torch.compile(quantize)
+        for x, g in buffers:
+            quantize(x).backward(g)
+        return quantize
+
+    found = {variant: attempt(variant, missing, ready) for variant in variants if variant != "float"}
+    for variant in ("crcore", "crcore-core", "detach"):
+        title = f"{variant}, compiled"
+        if found.get(variant) is None:
+            continue
+        found[title] = attempt(title, missing, partial(ready, whole=True))
+    samples: dict[str, dict[str, list[float]]] = {"forward": {}, "backward": {}}
+    for round_ in range(settings.rounds):
+        for title, quantize in [("copy", None), *found.items()]:
+            if title in missing:
+                continue
+            seconds = [pair(quantize, *buffer, target, settings) for buffer in queued(buffers, repeats, settings)]
+            for way, marks in zip(samples, read(seconds, settings), strict=True):
+                samples[way].setdefault(title, []).append(statistics.median(marks))
+        progress(f"quantizer, {dtype}: round {round_ + 1} of {settings.rounds}")
+    copies = samples["backward"]["copy"] = samples["forward"]["copy"]  # of a copy there is no backward
+    samples["both"] = {
+        title: [a + b for a, b in zip(samples["forward"][title], samples["backward"][title], strict=True)]
+        for title in samples["forward"]
+        if title != "copy"
+    } | {"copy": copies}
+    size = 2 * target.nbytes / statistics.median(copies)
+    least = {"forward": 1.0, "backward": 1.5, "both": 2.5}
+    clean(settings)
+    in_copies = {way: ratios(by_title, "copy") for way, by_title in samples.items()}
+    return {
+        "shape": list(shape),
+        "dtype": dtype,
+        "clock": "event" if settings.cuda else "cpu",
+        "copy, bytes per second": size,
+        "in copies": in_copies,
+        "share of the copy's bandwidth": {
+            way: {title: least[way] / value["median"] for title, value in by_title.items()}
+            for way, by_title in in_copies.items()
+        },
+        "seconds by round": samples,
+        "not measured": missing,
+    }
+
+
+def queued(buffers: list[Any], repeats: int, settings: Settings) -> Iterator[Any]:
+    """The buffers in turn; on CUDA after a pause in which the queue fills, so that launching is not what is timed."""
+    if settings.cuda:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)
+    return itertools.islice(itertools.cycle(buffers), repeats)
+
+
+def pair(quantize: Any, x: Tensor, g: Tensor, target: Tensor, settings: Settings) -> list[Any]:
+    """Marks before, between and after forward and backward; of a copy there is no backward."""
+    marks = [mark(settings)]
+    if quantize is None:
+        target.copy_(x.detach())
+        return [*marks, mark(settings), mark(settings)]
+    x.grad = None
+    y = quantize(x)
+    marks.append(mark(settings))
+    y.backward(g)
+    return [*marks, mark(settings)]
+
+
+def mark(settings: Settings) -> Any:
+    """A moment: an event in the queue, or CPU seconds."""
+    if not settings.cuda:
+        return time.process_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def read(marks: list[list[Any]], settings: Settings) -> tuple[list[float], list[float]]:
+    """Seconds of each forward, and of each backward."""
+    if settings.cuda:
+        torch.cuda.synchronize()
+
+    def between(a: Any, b: Any) -> float:
+        return a.elapsed_time(b) / 1e3 if settings.cuda else b - a
+
+    return [between(m[0], m[1]) for m in marks], [between(m[1], m[2]) for m in marks]
