@@ -7,24 +7,21 @@ its reason; only the float network and crcore's default must not fail.
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import itertools
-import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_students import KINDS, NotMeasured, crcore, network, quantizer_of, student
+from torch_layers import KINDS, network
+from torch_students import NotMeasuredError, crcore, student
 
 Work = Callable[[], Any]
 COMPILED = ("float", "crcore", "crcore-core", "crcore-triton", "detach")  # those that `compiled` measures
@@ -193,7 +190,7 @@ def attempt(variant: str, missing: dict[str, str], make: Callable[[str], Any]) -
     """What ``make(variant)`` returns, or None and the reason under the variant's name."""
     try:
         return make(variant)
-    except NotMeasured as error:
+    except NotMeasuredError as error:
         missing[variant] = str(error)
     except Exception as error:
         if variant in ("float", "crcore"):
@@ -234,27 +231,30 @@ def compiled(name: str, variants: tuple[str, ...], batch: int, settings: Setting
     x = batches(batch, settings, 1)[0][0]
     breaks: dict[str, int] = {}
     first: dict[str, float] = {}
-    again: dict[str, int] = {}
+
+    def counted(variant: str) -> nn.Module:
+        eager = student(variant, net, x)
+        breaks[variant] = torch._dynamo.explain(eager)(x).graph_break_count  # which forgets what was compiled before
+        return eager
 
     def made(variant: str) -> Work:
-        eager = student(variant, net, x)
-        breaks[variant] = torch._dynamo.explain(eager)(x).graph_break_count
         began = time.perf_counter()
-        work = Step(torch.compile(eager, fullgraph=True, mode=settings.compile_mode), batch, settings)  # type: ignore[arg-type]
+        work = Step(torch.compile(students[variant], fullgraph=True, mode=settings.compile_mode), batch, settings)  # type: ignore[arg-type]
         for _ in range(2):
             work()
         first[variant] = time.perf_counter() - began
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for _ in range(3):
-                work()
-        again[variant] = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
         progress(f"compiled, {name}: {variant}, first steps {first[variant]:.0f} s")
         return work
 
     torch._dynamo.reset()
-    works = {variant: work for variant in variants if (work := attempt(variant, missing, made))}
+    students = {variant: eager for variant in variants if (eager := attempt(variant, missing, counted))}
+    works = {variant: work for variant in students if (work := attempt(variant, missing, made))}
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for work in [*works.values()] * 3:
+            work()
     found = report(in_turn(works, settings, f"compiled, {name}, batch {batch}"), "float")
+    again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     clean(settings)
     return {
         "network": name,
@@ -262,7 +262,7 @@ def compiled(name: str, variants: tuple[str, ...], batch: int, settings: Setting
         **found,
         "fullgraph": True,
         "graph breaks": breaks,
-        "recompilations": again,
+        "recompilations after the first steps": again,
         "seconds of the first steps": first,
         "not measured": missing,
     }
@@ -287,73 +287,6 @@ def parts(name: str, batch: int, settings: Settings) -> dict[str, Any]:
     return {"network": name, "batch": batch, **found}
 
 
-# --- memory ---
-
-
-def memory_of(variant: str, name: str, batch: int, settings: Settings) -> dict[str, float]:
-    """Bytes of one step at its peak, and bytes kept for backward.
-
-    On CUDA the peak is the allocator's. On a CPU it is the peak of the resident memory in the step (VmHWM, which
-    clear_refs sets back) over what was resident before, plus the tensors that live from step to step (parameters,
-    buffers, momentum): so imports and what compilers left do not count. It needs a process of its own, in which
-    MALLOC_MMAP_THRESHOLD_ is set, so that freed tensors are not resident.
-    """
-    net = float_network(name, settings)
-    before = torch.cuda.memory_allocated() if settings.cuda else 0
-    made = student(variant, net, batches(min(batch, 32), settings, 1)[0][0])
-    del net
-    work = Step(made, batch, settings)
-    inputs = sum(storages(itertools.chain(*batches(batch, settings))).values())
-    work()
-    saved = saved_bytes(work)
-    clean(settings)
-    if settings.cuda:
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return {"peak": torch.cuda.max_memory_allocated() - before - inputs, "saved": saved}
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    resident = status("VmRSS")
-    work()
-    momentum = (state["momentum_buffer"] for state in work.optimizer.state.values())
-    lasting = storages(itertools.chain(made.parameters(), made.buffers(), momentum))
-    return {"peak": status("VmHWM") - resident + sum(lasting.values()), "saved": saved}
-
-
-def status(field: str) -> int:
-    """Bytes, of what Linux says about this process."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    if found is None:
-        raise NotMeasured(f"/proc/self/status has no {field}")
-    return int(found[1]) * 1024
-
-
-def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by address, so that what is shared counts once."""
-    return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-
-
-def saved_bytes(work: Step) -> int:
-    """Bytes of the storages that autograd packs in one step, parameters excluded.
-
-    What an operator keeps for itself elsewhere than through autograd does not show here.
-    """
-    own = storages(itertools.chain(work.net.parameters(), work.net.buffers()))
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = work.loss(*next(work.batches))
-    total = sum(storages(kept).values())
-    loss.backward()
-    work.optimizer.zero_grad(set_to_none=True)
-    return total
-
-
 # --- scaling ---
 
 
@@ -374,108 +307,3 @@ def scaling(settings: Settings, *, small: bool = False) -> list[dict[str, Any]]:
         rows.append({"what": what, "value": value, "network": name, "batch": batch, "layers": len(names), **found})
     clean(settings)
     return rows
-
-
-# --- the quantizer alone ---
-
-
-def quantizer(
-    shape: tuple[int, ...], dtype: str, variants: tuple[str, ...], settings: Settings, repeats: int
-) -> dict[str, Any]:
-    """Forward and backward of the input quantizer, in copies of the tensor.
-
-    Forward at least reads x and writes y, as a copy does; backward reads x and g and writes dx, one and a half copies.
-    Inputs and gradients rotate, so that what a cache holds is as in a network.
-    """
-    made = {"device": settings.device, "dtype": getattr(torch, dtype)}
-    buffers = [(torch.randn(shape, **made).requires_grad_(), torch.randn(shape, **made)) for _ in range(3)]
-    target = torch.empty(shape, **made)
-    missing: dict[str, str] = {}
-
-    def ready(title: str, *, whole: bool = False) -> Callable[[Tensor], Tensor]:
-        quantize = quantizer_of(title.removesuffix(", compiled"), buffers[0][0].detach())
-        if whole:
-            quantize = torch.compile(quantize)
-        for x, g in buffers:
-            quantize(x).backward(g)
-        return quantize
-
-    found = {variant: attempt(variant, missing, ready) for variant in variants if variant != "float"}
-    for variant in ("crcore", "crcore-core", "detach"):
-        title = f"{variant}, compiled"
-        if found.get(variant) is None:
-            continue
-        found[title] = attempt(title, missing, partial(ready, whole=True))
-    samples: dict[str, dict[str, list[float]]] = {"forward": {}, "backward": {}}
-    for round_ in range(settings.rounds):
-        for title, quantize in [("copy", None), *found.items()]:
-            if title in missing:
-                continue
-            seconds = [pair(quantize, *buffer, target, settings) for buffer in queued(buffers, repeats, settings)]
-            for way, marks in zip(samples, read(seconds, settings), strict=True):
-                samples[way].setdefault(title, []).append(statistics.median(marks))
-        progress(f"quantizer, {dtype}: round {round_ + 1} of {settings.rounds}")
-    copies = samples["backward"]["copy"] = samples["forward"]["copy"]  # of a copy there is no backward
-    samples["both"] = {
-        title: [a + b for a, b in zip(samples["forward"][title], samples["backward"][title], strict=True)]
-        for title in samples["forward"]
-        if title != "copy"
-    } | {"copy": copies}
-    size = 2 * target.nbytes / statistics.median(copies)
-    least = {"forward": 1.0, "backward": 1.5, "both": 2.5}
-    clean(settings)
-    in_copies = {way: ratios(by_title, "copy") for way, by_title in samples.items()}
-    return {
-        "shape": list(shape),
-        "dtype": dtype,
-        "clock": "event" if settings.cuda else "cpu",
-        "copy, bytes per second": size,
-        "in copies": in_copies,
-        "share of the copy's bandwidth": {
-            way: {title: least[way] / value["median"] for title, value in by_title.items()}
-            for way, by_title in in_copies.items()
-        },
-        "seconds by round": samples,
-        "not measured": missing,
-    }
-
-
-def queued(buffers: list[Any], repeats: int, settings: Settings) -> Iterator[Any]:
-    """The buffers in turn; on CUDA after a pause in which the queue fills, so that launching is not what is timed."""
-    if settings.cuda:
-        torch.cuda.synchronize()
-        torch.cuda._sleep(20_000_000)
-    return itertools.islice(itertools.cycle(buffers), repeats)
-
-
-def pair(quantize: Any, x: Tensor, g: Tensor, target: Tensor, settings: Settings) -> list[Any]:
-    """Marks before, between and after forward and backward; of a copy there is no backward."""
-    marks = [mark(settings)]
-    if quantize is None:
-        target.copy_(x.detach())
-        return [*marks, mark(settings), mark(settings)]
-    x.grad = None
-    y = quantize(x)
-    marks.append(mark(settings))
-    y.backward(g)
-    return [*marks, mark(settings)]
-
-
-def mark(settings: Settings) -> Any:
-    """A moment: an event in the queue, or CPU seconds."""
-    if not settings.cuda:
-        return time.process_time()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def read(marks: list[list[Any]], settings: Settings) -> tuple[list[float], list[float]]:
-    """Seconds of each forward, and of each backward."""
-    if settings.cuda:
-        torch.cuda.synchronize()
-
-    def between(a: Any, b: Any) -> float:
-        return a.elapsed_time(b) / 1e3 if settings.cuda else b - a
-
-    return [between(m[0], m[1]) for m in marks], [between(m[1], m[2]) for m in marks]

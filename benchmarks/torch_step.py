@@ -20,14 +20,16 @@ time. On CUDA several steps are timed together, by the wall between synchronizat
 on the device before. Nothing is asserted about time.
 
 examples:
-  python benchmarks/torch_step.py --out benchmarks/results/torch_step-cpu.json       an hour or two
-  python benchmarks/torch_step.py --measure step --networks resnet18 --rounds 3       a first look
+  python benchmarks/torch_step.py --out benchmarks/results/torch_step-cpu.json     everything, takes hours
+  python benchmarks/torch_step.py --measure step --networks resnet18 --rounds 3    a first look
+  python benchmarks/torch_step.py --peers peers                                    with peers from that folder
+  python benchmarks/torch_step.py --device cuda --autocast bfloat16 --channels-last --batch 32,128,512
+  python benchmarks/torch_step.py --device cuda --measure compiled --compile-mode reduce-overhead    CUDA graphs
+  python benchmarks/performance_page.py                                            docs/performance.md from all results
+
+Peers that crcore does not install for its tests; --no-deps, so that torch stays as it is (the Makefile does the same):
   pip install --no-deps --target peers nncf nvidia-modelopt tabulate pydot psutil openvino-telemetry omegaconf \\
       antlr4-python3-runtime==4.9.3 pulp nvidia-ml-py
-  python benchmarks/torch_step.py --peers peers                                       with those that crcore does not install
-  python benchmarks/torch_step.py --device cuda --autocast bfloat16 --channels-last --batch 32,128,512
-  python benchmarks/torch_step.py --device cuda --measure compiled --compile-mode reduce-overhead      CUDA graphs
-  python benchmarks/performance_page.py                                               docs/performance.md from the results
 """
 
 from __future__ import annotations
@@ -36,12 +38,11 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,21 +54,19 @@ PACKAGES = ("torch", "numpy", "transformers", "triton", "brevitas", "torchao", "
 
 def main() -> None:
     """Run what the command line asks for."""
-    given = arguments()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there
+    given = arguments()
     if given.peers:
         sys.path.append(str(given.peers))
     warnings.filterwarnings("ignore")  # of other libraries, about each other
     with redirect_stdout(sys.stderr):  # other libraries talk
-        found = worker(given) if given.worker else measured(given)
-    if given.worker:
-        print(json.dumps(found))
-        return
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
-    else:
-        print(json.dumps(found, indent=1))
+        one_thread(given.device)
+        for found in measured(given):
+            if given.out:  # after each measure, so that what is stopped leaves something
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.write_text(json.dumps(found, indent=1) + "\n")
+    if not given.out:
+        print(json.dumps(found, indent=None if given.worker else 1))
 
 
 def arguments() -> argparse.Namespace:
@@ -83,7 +82,7 @@ def arguments() -> argparse.Namespace:
         type=lambda text: tuple(text.split(",")),
         default=NETWORKS,
         metavar="A,B",
-        help="resnet18, mobilenetv2, vit; and resnet8, resnet20, vit-small (default: the first three)",
+        help="resnet18, mobilenetv2, vit; and resnet8, resnet20, vit-small, tiny (default: the first three)",
     )
     parser.add_argument(
         "--variants",
@@ -115,6 +114,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}")
     if len(given.shape) != 4:
         parser.error(f"--shape takes four sizes, got {given.shape}")
+    given.out = None if given.worker else given.out
     given.variants = tuple(name for name in VARIANTS if name == "float" or name in given.variants)
     return given
 
@@ -145,6 +145,7 @@ def one_thread(device: str) -> None:
     torch.set_num_threads(1)
     if device == "cpu" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more would share that core
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no CUDA device")
 
@@ -156,13 +157,17 @@ def settings_of(given: argparse.Namespace) -> Any:
     return Settings(given.device, given.rounds, given.steps, given.autocast, given.channels_last, given.compile_mode)
 
 
-def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """All measures that were asked for."""
-    one_thread(given.device)
+def measured(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What was found so far, after each measure; or the one thing that this process is for."""
     import torch
     import torch_measures as measures
+    from torch_memory import memory, worker
+    from torch_quantizer import quantizer
 
     settings, began = settings_of(given), time.time()
+    if given.worker:
+        yield worker(given, settings)
+        return
     found: dict[str, Any] = {
         "settings": {name: value for name, value in vars(given).items() if name not in ("out", "peers", "worker")},
         "threads": torch.get_num_threads(),
@@ -179,72 +184,19 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         "step": lambda: [measures.step(name, given.variants, batch, settings) for name, batch in pairs],
         "compiled": lambda: [measures.compiled(name, whole, batch, settings) for name, batch in pairs],
         "parts": lambda: [measures.parts(name, batch, settings) for name, batch in pairs],
-        "memory": lambda: [memory(name, given) for name in given.networks],
+        "memory": lambda: [memory(name, given, settings) for name in given.networks],
         "scaling": lambda: measures.scaling(settings, small=given.small),
         "quantizer": lambda: [
-            measures.quantizer(given.shape, dtype, given.variants, settings, 20 if given.device == "cuda" else 5)
+            quantizer(given.shape, dtype, given.variants, settings, 20 if given.device == "cuda" else 5)
             for dtype in (("float32", "bfloat16") if given.device == "cuda" else ("float32",))
         ],
     }
     for measure in given.measure:
         found[measure] = todo[measure]()
-    found["minutes"] = (time.time() - began) / 60
-    if hasattr(os, "getloadavg"):
-        found["machine"]["load average at the end"] = os.getloadavg()[1]
-    return found
-
-
-def memory(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Bytes by variant, over float."""
-    import torch_measures as measures
-
-    settings = settings_of(given)
-    missing: dict[str, str] = {}
-    rows: dict[str, dict[str, float]] = {}
-    here = partial(measures.memory_of, name=name, batch=given.memory_batch, settings=settings)
-    measure = here if given.device == "cuda" else partial(in_own_process, name=name)
-    for variant in given.variants:
-        if row := measures.attempt(variant, missing, measure):
-            rows[variant] = row
-            measures.progress(f"memory, {name}: {variant} {row['peak'] / 2**20:.0f} MiB at the peak")
-        measures.clean(settings)
-    return {
-        "network": name,
-        "batch": given.memory_batch,
-        "bytes": rows,
-        "ratios": {
-            variant: {what: value / rows["float"][what] for what, value in row.items()}
-            for variant, row in rows.items()
-            if variant != "float"
-        },
-        "not measured": missing,
-    }
-
-
-def in_own_process(variant: str, name: str) -> dict[str, float]:
-    """`memory_of` where nothing else has been."""
-    from torch_measures import NotMeasured
-
-    command = [sys.executable, __file__, *sys.argv[1:], "--networks", name, "--worker", variant]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"its process failed with status {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "not measured" in found:
-        raise NotMeasured(found["not measured"])
-    return found
-
-
-def worker(given: argparse.Namespace) -> dict[str, Any]:
-    """The one measurement that this process is for."""
-    one_thread(given.device)
-    import torch_measures as measures
-
-    missing: dict[str, str] = {}
-    options = {"name": given.networks[0], "batch": given.memory_batch, "settings": settings_of(given)}
-    row = measures.attempt(given.worker, missing, partial(measures.memory_of, **options))
-    return row or {"not measured": missing[given.worker]}
+        found["minutes"] = (time.time() - began) / 60
+        if hasattr(os, "getloadavg"):
+            found["machine"]["load average at the end"] = os.getloadavg()[1]
+        yield found
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,145 @@
+"""The benchmarks of PyTorch run, and docs/performance.md is what their results give. Nothing here depends on time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SETTINGS = [
+    "--networks",
+    "tiny",
+    "--rounds",
+    "1",
+    "--batch",
+    "2",
+    "--memory-batch",
+    "2",
+    "--shape",
+    "2,4,8,8",
+    "--small",
+]
+LIBRARIES = ("detach", "function", "torch-learnable", "brevitas", "torchao")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("results") / "torch_step-tiny.json"
+    # by itself, without what else can be compiled: the compiler takes long
+    run(*SETTINGS, "--measure", "compiled", "--variants", "crcore,crcore-triton", "--out", str(path))
+    compiled = json.loads(path.read_text())["compiled"]
+    rest = "step,parts,memory,scaling,quantizer"
+    variants = ",".join(("crcore", "crcore-triton", *LIBRARIES))
+    run(*SETTINGS, "--measure", rest, "--variants", variants, "--out", str(path))
+    return json.loads(path.read_text()) | {"compiled": compiled}
+
+
+def run(*arguments: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / "torch_step.py"), *arguments]
+    environment = os.environ | {"TORCH_COMPILE_DISABLE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def numbers(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        return [number for each in value for number in numbers(each)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+MEASURED = {"crcore", *LIBRARIES}
+
+
+def test_steps_have_their_ratios(found: Any) -> None:
+    for measure, variants in (("step", MEASURED), ("compiled", {"crcore"})):
+        (entry,) = found[measure]
+        assert (entry["network"], entry["batch"]) == ("tiny", 2)
+        for clock in ("cpu", "wall"):
+            assert entry["ratios"][clock].keys() == variants
+            assert entry["median seconds"][clock].keys() == {"float", *variants}
+            assert all(len(rounds) == 1 for rounds in entry["seconds by round"][clock].values())
+        of_times = [entry[field] for field in ("ratios", "median seconds", "seconds by round")]
+        assert all(math.isfinite(number) and number > 0 for number in numbers(of_times))
+
+
+def test_what_cannot_be_measured_says_why(found: Any) -> None:
+    for measure in ("step", "compiled", "memory", "quantizer"):
+        assert "triton" in found[measure][0]["not measured"]["crcore-triton"]
+
+
+def test_compiled_networks_are_whole(found: Any) -> None:
+    (entry,) = found["compiled"]
+    assert entry["fullgraph"] is True
+    assert entry["graph breaks"] == {"float": 0, "crcore": 0}
+    assert entry["recompilations after the first steps"] == 0
+    assert all(seconds > 0 for seconds in entry["seconds of the first steps"].values())
+
+
+def test_parts_and_scaling(found: Any) -> None:
+    (entry,) = found["parts"]
+    alone = {"update alone", "teacher's forward alone"}
+    assert entry["ratios"]["cpu"].keys() == {"average", "consistency"} | alone
+    (row,) = found["scaling"]
+    assert (row["what"], row["value"], row["ratios"]["cpu"].keys()) == ("batch", 2, {"crcore"})
+    times = numbers([entry["ratios"], row["ratios"]])
+    assert all(math.isfinite(number) and number > 0 for number in times)
+
+
+def test_memory_is_that_of_the_step(found: Any) -> None:
+    (entry,) = found["memory"]
+    assert entry["bytes"].keys() == {"float", *MEASURED}
+    assert entry["ratios"].keys() == MEASURED
+    assert all(number > 0 for number in numbers([entry["bytes"], entry["ratios"]]))
+    saved = {name: sizes["saved"] for name, sizes in entry["bytes"].items()}
+    assert saved["float"] < saved["crcore"] < saved["detach"]  # counted, not timed
+
+
+def test_the_quantizer_alone(found: Any) -> None:
+    (entry,) = found["quantizer"]
+    assert (entry["shape"], entry["dtype"], entry["clock"]) == ([2, 4, 8, 8], "float32", "cpu")
+    for way in ("forward", "backward", "both"):
+        assert entry["in copies"][way].keys() >= MEASURED
+        assert entry["share of the copy's bandwidth"][way].keys() == entry["in copies"][way].keys()
+    assert all(math.isfinite(number) and number > 0 for number in numbers(entry["in copies"]))
+    assert entry["copy, bytes per second"] > 0
+
+
+def test_settings_and_versions_are_kept(found: Any) -> None:
+    assert found["settings"]["rounds"] == 1
+    assert found["threads"] == 1
+    assert found["versions"].keys() >= {"python", "torch", "brevitas", "torchao"}
+    assert found["machine"]["device"]
+
+
+def test_the_page_is_what_the_results_give(found: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import performance_page
+
+    page = performance_page.PAGE.read_text(encoding="utf-8")
+    assert performance_page.updated(page) == page, "run: python benchmarks/performance_page.py"
+
+    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
+    (tmp_path / "torch_step-tiny.json").write_text(json.dumps(found))
+    blank = "\n".join(f"<!-- table {name} tiny -->\n<!-- end -->" for name in performance_page.TABLES)
+    filled = performance_page.updated(blank)
+    assert filled.count("| **crcore** |") >= 4
+    assert performance_page.updated(filled) == filled
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--rounds", "0"], ["--batch", "32,x"], ["--shape", "3,3"], ["--variants", "lsq"], ["--measure", "time"]]
+)
+def test_wrong_arguments_are_refused(wrong: list[str]) -> None:
+    command = [sys.executable, str(BENCHMARKS / "torch_step.py"), *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert wrong[0] in done.stderr
