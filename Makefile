@@ -21,7 +21,7 @@ ENGINE_OPTIONS = TF_CPP_MIN_LOG_LEVEL=2 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VE
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,11 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 
+# ARGS, such as --rounds 3, are torch_step.py's; what is measured for a GPU stays as it is.
+bench: $(VENV)/.installed-peers  ## install, measure speed and memory on one CPU thread, rewrite docs/performance.md; about two hours
+	$(OFFLINE) $(VENV)/bin/python benchmarks/torch_step.py --peers $(VENV)/peers --out benchmarks/results/torch_step-cpu.json $(ARGS)
+	$(VENV)/bin/python benchmarks/performance_page.py
+
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -70,3 +75,9 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml
 	$(PIP) '$(TORCH)'
 	$(PIP) --editable '.[dev]' '$(TORCH)'
 	@touch $(VENV)/.installed-cli $@
+
+# Libraries to compare with that would bring another torch along: without what they depend on, but for what they import.
+$(VENV)/.installed-peers: $(VENV)/.installed-dev
+	$(PIP) --no-deps --upgrade --target $(VENV)/peers nncf nvidia-modelopt \
+	  antlr4-python3-runtime==4.9.3 nvidia-ml-py omegaconf openvino-telemetry psutil pulp pydot tabulate
+	@touch $@

@@ -111,6 +111,8 @@ def replaced(net: nn.Module, layers: list[Layer], make: Callable[[Layer], nn.Mod
     net = copy.deepcopy(net)
     for layer in layers:
         parent, _, own = layer.name.rpartition(".")
-        made = make(layer).to(next(net.parameters()).device)
+        made: Any = make(layer).to(layer.module.weight.device)
+        if layer.module.weight.ndim == 4 and not layer.module.weight.is_contiguous():
+            made = made.to(memory_format=torch.channels_last)
         setattr(net.get_submodule(parent), own, made)
     return net

@@ -1,7 +1,7 @@
 """How torch_step.py measures: the clocks, the rounds, and each of its measures. What is measured is in torch_students.
 
 Every measure returns what goes into the JSON file. A variant that cannot be measured stands under "not measured" with
-its reason; only the float network and crcore's default must not fail.
+its reason; only the float network must not fail.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -193,8 +194,9 @@ def attempt(variant: str, missing: dict[str, str], make: Callable[[str], Any]) -
     except NotMeasuredError as error:
         missing[variant] = str(error)
     except Exception as error:
-        if variant in ("float", "crcore"):
+        if variant == "float":
             raise
+        traceback.print_exc()
         missing[variant] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     progress(f"{variant} is not measured: {missing[variant]}")
     return None
@@ -250,9 +252,14 @@ def compiled(name: str, variants: tuple[str, ...], batch: int, settings: Setting
     students = {variant: eager for variant in variants if (eager := attempt(variant, missing, counted))}
     works = {variant: work for variant in students if (work := attempt(variant, missing, made))}
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for work in [*works.values()] * 3:
-            work()
+
+    def stays(variant: str) -> Work:
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(3):
+                works[variant]()
+        return works[variant]
+
+    works = {variant: work for variant in works if (work := attempt(variant, missing, stays))}
     found = report(in_turn(works, settings, f"compiled, {name}, batch {batch}"), "float")
     again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     clean(settings)

@@ -74,8 +74,9 @@ def memory_of(variant: str, name: str, batch: int, settings: Settings) -> dict[s
     buffers, momentum): so imports and what compilers left do not count. It needs a process of its own, in which
     MALLOC_MMAP_THRESHOLD_ is set, so that freed tensors are not resident.
     """
-    net = float_network(name, settings)
+    clean(settings)
     before = torch.cuda.memory_allocated() if settings.cuda else 0
+    net = float_network(name, settings)
     made = student(variant, net, batches(min(batch, 32), settings, 1)[0][0])
     del net
     work = Step(made, batch, settings)

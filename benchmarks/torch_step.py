@@ -10,9 +10,9 @@
 Networks are ResNet-18 and MobileNetV2 in CIFAR form and a vision transformer (12 layers of 192), for 32x32 images.
 Everything is W4A4, weights per channel, 8 bits in the first and last layer. Variants: the float network; crcore, and
 each of its kernels; LSQ as it is usually written (`detach`), as an autograd.Function, and with torch's own learnable
-operator; Brevitas, torchao, NNCF, NVIDIA's Model Optimizer. A quantizer's kind is its library's: Brevitas and crcore
-train scales of inputs, torchao finds them in each step, Model Optimizer keeps them. What cannot be measured is
-reported with its reason.
+operator; Brevitas, torchao, NNCF, NVIDIA's Model Optimizer. A quantizer's kind is its library's: crcore and NNCF train
+scales of weights and inputs, Brevitas those of inputs, torchao finds them in each step; Model Optimizer keeps them, and
+hands the gradient through unchanged, which is less work. What cannot be measured is reported with its reason.
 
 In each round every variant runs in turn, in one process; ratios are medians, with quartiles, of the ratio within a
 round. On a CPU everything is on one thread of one core, by CPU time, which other processes do not lengthen, and by wall
@@ -55,6 +55,7 @@ PACKAGES = ("torch", "numpy", "transformers", "triton", "brevitas", "torchao", "
 def main() -> None:
     """Run what the command line asks for."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "600")  # it compiles when first used, here on one core
     given = arguments()
     if given.peers:
         sys.path.append(str(given.peers))
