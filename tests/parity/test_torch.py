@@ -102,12 +102,20 @@ def test_every_kernel_keeps_to_the_core(kernel: str, device: str, name: str) -> 
     suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
 
 
+LAID_OUT = [
+    (kernel, device, name)
+    for kernel, device in KERNELS
+    for name, q in QUANTIZERS.items()
+    if q.bits == 3
+    and (isinstance(q, cr.LSQ) or kernel == "core")
+    # CUDA's tanh is another one, and DoReFa's largest weight lies at the bound of its grid.
+    and not (isinstance(q, cr.DoReFa) and device == "cuda")
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [name for name, q in QUANTIZERS.items() if q.bits == 3])
-@pytest.mark.parametrize(("kernel", "device"), KERNELS)
+@pytest.mark.parametrize(("kernel", "device", "name"), LAID_OUT)
 def test_memory_layout_changes_nothing(kernel: str, device: str, name: str, layout: str) -> None:
-    if kernel in ("blocked", "cpp", "triton") and not isinstance(QUANTIZERS[name], cr.LSQ):
-        return  # the core's formula, as with "core"
     suite = type("Suite", (ConformanceSuite,), {"adapter": TorchAdapter(kernel, layout, device)})()
     suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
     suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
