@@ -83,7 +83,7 @@ def nncf(layer: Layer) -> nn.Module:
 
 
 def modelopt(net: nn.Module, layers: list[Layer], x: Tensor) -> nn.Module:
-    """NVIDIA's Model Optimizer: ranges from the batch, then fixed; by default its gradient is one, also outside them."""
+    """NVIDIA's Model Optimizer: ranges from the batch, then fixed; its gradient is one, also outside them."""
     import modelopt.torch.quantization as mtq
 
     chosen: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
