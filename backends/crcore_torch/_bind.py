@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,54 +13,76 @@ from crcore import Quantizer
 from crcore_torch import _kernels
 
 
+# Elements of a tensor whose memory is worth more than the call that makes it again.
+_WORTH_MAKING_AGAIN = 1 << 16
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(kernel: str, quantizer: Quantizer, elements: float, x: Tensor, *parameters: Tensor) -> Tensor:
-        return _kernels.forward(kernel, quantizer, x, *parameters)
+    def forward(ctx: Any, kernel: str, quantizer: Quantizer, elements: float, x: Tensor, *stored: Tensor) -> Tensor:
+        parameters = broadcast(stored, x)
+        # Only the inputs: everything else is recomputed, which takes less memory than keeping it.
+        ctx.save_for_backward(x, *stored)
+        ctx.quantizer, ctx.elements = quantizer, elements
+        ctx.plan = _kernels.plan(kernel, quantizer, x, parameters)
+        return _kernels.forward(ctx.plan, quantizer, x, *parameters)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.kernel, ctx.quantizer, ctx.elements, *tensors = inputs
-        # Only the inputs: everything else is recomputed, which takes less memory than keeping it.
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        x, *stored = ctx.saved_tensors
+        parameters = broadcast(stored, x)
+        dx, *others = _kernels.vjp(ctx.plan, ctx.quantizer, cotangent, x, *parameters, elements=ctx.elements)
+        others = [gradient.reshape(array.shape) for gradient, array in zip(others, stored, strict=False)]
+        return None, None, None, dx, *others, *[None] * (len(stored) - len(others))
+
+
+class _TracedFakeQuantize(torch.autograd.Function):
+    """The same in the form that torch.compile and torch.func ask for, and call slowly: by the core's formula."""
+
+    @staticmethod
+    def forward(quantizer: Quantizer, elements: float, x: Tensor, *parameters: Tensor) -> Tensor:
+        return _kernels.forward(None, quantizer, x, *parameters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.quantizer, ctx.elements, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
-        gradients = _kernels.vjp(ctx.kernel, ctx.quantizer, cotangent, x, *parameters, elements=ctx.elements)
+        gradients = _kernels.vjp(None, ctx.quantizer, cotangent, x, *parameters, elements=ctx.elements)
         constants = 1 + len(parameters) - len(gradients)
-        return None, None, None, *gradients, *[None] * constants
-
-
-class _EagerFakeQuantize(torch.autograd.Function):
-    """The same in the form that torch calls faster, by as much as a small layer takes; torch.func needs the other."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _FakeQuantize.setup_context(ctx, inputs, output=inputs[3])
-        return _FakeQuantize.forward(*inputs)
-
-    backward = _FakeQuantize.backward
+        return None, None, *gradients, *[None] * constants
 
 
 def fake_quantize(
-    x: Tensor, quantizer: Quantizer, parameters: tuple[Tensor, ...], elements: float, kernel: str = "auto"
+    x: Tensor, quantizer: Quantizer, parameters: Sequence[Tensor], elements: float, kernel: str = "auto"
 ) -> Tensor:
     """``quantizer.forward(x, *parameters)``, differentiated by ``quantizer.vjp``.
 
     Args:
         x: any floating dtype, which the result has too; the arithmetic is float32, or float64 for float64.
         quantizer: any quantizer of the core.
-        parameters: its arrays, each with ``x.ndim`` dimensions; float32, or float64 for float64.
+        parameters: its arrays, of any floating dtype: scalars, or with ``x.ndim`` dimensions.
         elements: how many elements share one scale; of an activation, within one sample.
         kernel: one of `_kernels.NAMES`.
     """
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *parameters)):
         # Not only cheaper: where nothing needs a gradient, torch.compile hands forward() a context it does not take.
-        return _kernels.forward(kernel, quantizer, x, *parameters)
-    is_transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    function = _FakeQuantize if is_transformed else _EagerFakeQuantize
-    return function.apply(kernel, quantizer, elements, x, *parameters)
+        arrays = broadcast(parameters, x)
+        return _kernels.forward(_kernels.plan(kernel, quantizer, x, arrays), quantizer, x, *arrays)
+    if is_traced:
+        return _TracedFakeQuantize.apply(quantizer, elements, x, *broadcast(parameters, x))
+    return _FakeQuantize.apply(kernel, quantizer, elements, x, *parameters)
+
+
+def broadcast(arrays: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """As the core takes them: with ``x.ndim`` dimensions, in the dtype of the arithmetic."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    arrays = [array if array.dtype == dtype else array.to(dtype) for array in arrays]
+    return tuple(array if array.ndim == x.ndim else array.reshape((1,) * x.ndim) for array in arrays)
 
 
 def quantized_again() -> AbstractContextManager[Any]:
@@ -92,8 +115,9 @@ class _QuantizedAgain(NamedTuple):
 def _pack(tensor: Tensor) -> _Kept | _QuantizedAgain:
     quantized = tensor if tensor._base is None else tensor._base
     node: Any = quantized.grad_fn
-    ours: type[Any] = _EagerFakeQuantize._backward_cls  # type: ignore[attr-defined]
-    if isinstance(node, ours) and _kernels.has_cheap_forward(node.kernel, node.quantizer, *node.saved_tensors):
+    ours: type[Any] = _FakeQuantize._backward_cls  # type: ignore[attr-defined]
+    is_ours = isinstance(node, ours) and quantized.numel() >= _WORTH_MAKING_AGAIN
+    if is_ours and node.plan is not None and node.plan.kernel.CHEAP_FORWARD:
         return _QuantizedAgain(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
     # Detached: an operation that keeps its own output would keep itself.
     return _Kept(tensor.detach(), tensor._version)
@@ -102,8 +126,9 @@ def _pack(tensor: Tensor) -> _Kept | _QuantizedAgain:
 def _unpack(packed: _Kept | _QuantizedAgain) -> Tensor:
     if isinstance(packed, _QuantizedAgain):
         node, view = packed
+        x, *stored = node.saved_tensors
         with torch.no_grad():
-            return _kernels.forward(node.kernel, node.quantizer, *node.saved_tensors).as_strided(*view)
+            return _kernels.forward(node.plan, node.quantizer, x, *broadcast(stored, x)).as_strided(*view)
     if packed.tensor._version != packed.version:  # torch leaves this check to the hooks
         raise RuntimeError(
             f"a tensor of shape {list(packed.tensor.shape)} that is needed for gradient computation has been modified "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crcore import CRCoreError, Quantizer
-from crcore_torch._bind import fake_quantize
+from crcore_torch._bind import broadcast, fake_quantize
 from crcore_torch._kernels import check_kernel, chosen, widened
 from crcore_torch._xp import xp
 
@@ -95,7 +95,7 @@ class FakeQuantize(nn.Module):
             return x
         if not self._initialized:
             self._initialize_from_first_batch(x)
-        arrays = self._arrays_for(x, self.training)
+        arrays = self._arrays() if self.quantizer.learned else self._arrays_for(x, self.training)
         return fake_quantize(x, self.quantizer, arrays, self._elements(x), self.kernel)
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class FakeQuantize(nn.Module):
                 if observing:
                     self._store(fresh)
             return fresh
-        arrays = tuple(self._broadcast(array, x) for array in self._arrays())
+        arrays = broadcast(self._arrays(), x)
         observe = getattr(self.quantizer, "observe", None)
         if observe is None or not observing or self._frozen:
             return arrays
@@ -209,10 +209,6 @@ class FakeQuantize(nn.Module):
     def _store(self, values: tuple[Tensor, ...]) -> None:
         for array, value in zip(self._arrays(), values, strict=True):
             array.copy_(value.reshape(array.shape))
-
-    def _broadcast(self, array: Tensor, x: Tensor) -> Tensor:
-        array = array.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        return array.reshape((1,) * x.ndim) if array.ndim == 0 else array
 
     def _elements(self, x: Tensor) -> float:
         if self.role == "activation":

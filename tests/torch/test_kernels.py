@@ -15,7 +15,7 @@ import crcore_torch as crt
 import pytest
 import torch
 import torch.nn.functional as F
-from crcore_torch import _kernels
+from crcore_torch import _bind, _kernels
 from crcore_torch._bind import fake_quantize
 from crcore_torch._kernels import NAMES, _cpp, chosen
 from small_nets import recipe
@@ -234,6 +234,11 @@ def gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, t
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.fixture(autouse=True)
+def _small_tensors_count_too(monkeypatch):
+    monkeypatch.setattr(_bind, "_WORTH_MAKING_AGAIN", 1)
+
+
 @pytest.fixture
 def quantized_tensors(monkeypatch):
     """References to every tensor that a quantizer has made."""
@@ -283,7 +288,6 @@ def test_what_a_layer_keeps_dies_with_the_graph():
         out = student(torch.randn(3, 4))
         made = weakref.ref(student[0].made)
         student[0].made = None
-        out.sum().backward()
         del out
         assert made() is None
     finally:
@@ -359,6 +363,21 @@ def test_function_transforms_pass_through():
     torch.testing.assert_close(batched, expected, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
         torch.testing.assert_close(student(x), expected)
+
+
+def test_function_transforms_differentiate():
+    student = crt.prepare(network(), recipe())
+    x, y = batch()
+    student(x)
+    student.eval()  # statistics cannot be written to within a transform
+    expected = gradients(student, x, y)
+
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(student, parameters, (x,)), y)
+
+    found = torch.func.grad(loss)({name: parameter.detach() for name, parameter in student.named_parameters()})
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_tensors_without_memory_are_left_to_the_core():

@@ -12,7 +12,7 @@ the core's formula makes a new tensor per array function. The conformance kit ho
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch import Tensor
 from crcore import LSQ, CRCoreError, Quantizer
 from crcore_torch._kernels import _blocked, _cpp, _triton
 from crcore_torch._xp import xp
+
+Layout = tuple[int, ...]
 
 
 class Kernel(Protocol):
@@ -36,14 +38,24 @@ class Kernel(Protocol):
     def runs_on(self, device: torch.device) -> bool:
         """Whether it is made for such a device."""
 
-    def supports(self, x: Tensor, scale: Tensor) -> bool:
-        """Whether it can walk through the two."""
+    def layout(self, x: Tensor, scale: Tensor) -> Layout | None:
+        """How it walks through the two; None if it cannot."""
 
-    def forward(self, quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, quantizer: LSQ, x: Tensor, scale: Tensor, layout: Any) -> Tensor:
         """``quantizer.forward(x, scale)``, to the bit."""
 
-    def vjp(self, quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Any, ...]:
+    def vjp(
+        self, quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, layout: Any, *, elements: float
+    ) -> tuple[Tensor, Tensor]:
         """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
+
+
+class Plan(NamedTuple):
+    """How a case is run."""
+
+    kernel: Kernel
+    dtype: torch.dtype  # in which the kernel takes x
+    layout: Layout
 
 
 _KERNELS: dict[str, Kernel] = {kernel.NAME: kernel for kernel in (_cpp, _triton, _blocked)}  # the fastest first
@@ -64,51 +76,52 @@ def chosen(name: str, quantizer: Quantizer, device: torch.device) -> str:
     return next((kernel.NAME for kernel in candidates), "core")
 
 
-def forward(name: str, quantizer: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+def plan(name: str, quantizer: Quantizer, x: Tensor, parameters: tuple[Tensor, ...]) -> Plan | None:
+    """How ``name`` runs this case; None: by the core's formula."""
+    # What is traced or batched (torch.compile, torch.export, torch.func) has no memory to walk through.
+    if type(quantizer) is not LSQ or name == "core" or torch.compiler.is_compiling() or not _plain(x):
+        return None
+    for kernel in _candidates(name, quantizer, x.device):
+        dtype = x.dtype if x.dtype in kernel.DTYPES else torch.float32
+        (scale,) = parameters
+        if scale.dtype == _wide(dtype) and (layout := kernel.layout(x, scale)) is not None:
+            return Plan(kernel, dtype, layout)
+    return None
+
+
+def forward(plan: Plan | None, quantizer: Any, x: Tensor, *parameters: Tensor) -> Tensor:
     """``quantizer.forward(x, *parameters)`` in float32 or wider, in the dtype of ``x``."""
-    kernel, given = _kernel_for(name, quantizer, x, parameters)
-    if kernel is None:
+    if plan is None:
         return quantizer.forward(widened(x), *parameters, xp=xp).to(x.dtype)  # type: ignore[no-any-return]
-    return kernel.forward(quantizer, given, parameters[0]).to(x.dtype)
+    y = plan.kernel.forward(quantizer, _as(plan.dtype, x), parameters[0], plan.layout)
+    return _as(x.dtype, y)
 
 
 def vjp(
-    name: str, quantizer: Any, cotangent: Tensor, x: Tensor, *parameters: Tensor, elements: float
+    plan: Plan | None, quantizer: Any, cotangent: Tensor, x: Tensor, *parameters: Tensor, elements: float
 ) -> tuple[Tensor, ...]:
     """``quantizer.vjp(cotangent, x, *parameters)`` in float32 or wider; dx in the dtype of ``x``."""
-    kernel, given = _kernel_for(name, quantizer, x, parameters)
-    if kernel is None or torch.is_grad_enabled():  # a second derivative is wanted, which the kernels have not
+    if plan is None or torch.is_grad_enabled():  # a second derivative is wanted, which the kernels have not
         dx, *others = quantizer.vjp(widened(cotangent), widened(x), *parameters, elements=elements, xp=xp)
-    else:
-        if cotangent.stride() != given.stride() or cotangent.dtype != given.dtype or not _plain(cotangent):
-            cotangent = torch.empty_like(given).copy_(cotangent)
-        dx, *others = kernel.vjp(quantizer, cotangent, given, *parameters, elements=elements)
-    return dx.to(x.dtype), *others
-
-
-def has_cheap_forward(name: str, quantizer: Any, x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the forward had better be run again in the backward pass than its result be kept."""
-    kernel, _ = _kernel_for(name, quantizer, x, parameters)
-    return kernel is not None and kernel.CHEAP_FORWARD
+        return dx.to(x.dtype), *others
+    given = _as(plan.dtype, x)
+    if cotangent.stride() != given.stride() or cotangent.dtype != given.dtype or not _plain(cotangent):
+        cotangent = torch.empty_like(given).copy_(cotangent)
+    dx, dscale = plan.kernel.vjp(quantizer, cotangent, given, parameters[0], plan.layout, elements=elements)
+    return _as(x.dtype, dx), dscale
 
 
 def widened(x: Tensor) -> Tensor:
     """In the dtype that quantizers compute in."""
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
+    return _as(_wide(x.dtype), x)
 
 
-def _kernel_for(
-    name: str, quantizer: Quantizer, x: Tensor, parameters: tuple[Tensor, ...]
-) -> tuple[Kernel | None, Tensor]:
-    """The kernel for this case, or None for the core's formula; and ``x`` in a dtype that it takes."""
-    # What is traced or batched (torch.compile, torch.export, torch.func) has no memory to walk through.
-    if type(quantizer) is not LSQ or name == "core" or torch.compiler.is_compiling() or not _plain(x):
-        return None, x
-    for kernel in _candidates(name, quantizer, x.device):
-        given = x if x.dtype in kernel.DTYPES else widened(x)
-        if given.dtype in kernel.DTYPES and kernel.supports(given, parameters[0]):
-            return kernel, given
-    return None, x
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 @functools.lru_cache(maxsize=1024)

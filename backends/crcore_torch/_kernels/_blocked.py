@@ -31,12 +31,12 @@ def runs_on(device: torch.device) -> bool:
     return True
 
 
-def supports(x: Tensor, scale: Tensor) -> bool:
-    """Dense tensors."""
-    return scale.dtype == x.dtype and is_dense(x)
+def layout(x: Tensor, scale: Tensor) -> tuple[int, ...] | None:
+    """Nothing to know of dense tensors."""
+    return () if is_dense(x) else None
 
 
-def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+def forward(quantizer: LSQ, x: Tensor, scale: Tensor, layout: tuple[int, ...]) -> Tensor:
     """``quantizer.forward(x, scale)``, to the bit."""
     grid, used = quantizer.grid, _used(quantizer, scale)
     y = torch.empty_like(x)
@@ -45,7 +45,9 @@ def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
+def vjp(
+    quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, layout: tuple[int, ...], *, elements: float
+) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
     grid, used = quantizer.grid, _used(quantizer, scale)
     # hardtanh_backward keeps the gradient strictly inside its bounds; ours count as inside.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from crcore import LSQ
-from crcore_torch._kernels._layout import limits, rows
+from crcore_torch._kernels._layout import Rows, limits
 
 NAME = "cpp"
 DTYPES = (torch.float32, torch.float64)
@@ -44,33 +44,30 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def supports(x: Tensor, scale: Tensor) -> bool:
-    """Dense tensors whose channels lie in rows."""
-    return scale.dtype == x.dtype and rows(x, scale) is not None
-
-
-def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+def forward(quantizer: LSQ, x: Tensor, scale: Tensor, layout: Rows) -> Tensor:
     """``quantizer.forward(x, scale)``, to the bit."""
     y = torch.empty_like(x)
-    _call("forward", quantizer, scale, (x, scale.contiguous(), y))
+    _call("forward", quantizer, (x, scale.contiguous(), y), layout)
     return y
 
 
-def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
+def vjp(
+    quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, layout: Rows, *, elements: float
+) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
     dx, dscale = torch.empty_like(x), torch.empty_like(scale, memory_format=torch.contiguous_format)
     grad_scale = (elements * quantizer.grid.hi) ** -0.5
-    _call("backward", quantizer, scale, (x, cotangent, scale.contiguous(), dx, dscale), grad_scale)
+    _call("backward", quantizer, (x, cotangent, scale.contiguous(), dx, dscale), layout, grad_scale)
     return dx, dscale
 
 
-def _call(what: str, quantizer: LSQ, scale: Tensor, tensors: tuple[Tensor, ...], *more: float) -> None:
+def _call(what: str, quantizer: LSQ, tensors: tuple[Tensor, ...], layout: Rows, *more: float) -> None:
     x = tensors[0]
     threads = torch.get_num_threads() if x.numel() > _WORTH_A_THREAD else 1
     function: Any = _built()
     function = getattr(function, f"{what}_float32" if x.dtype == torch.float32 else f"{what}_float64")
     pointers = [tensor.data_ptr() for tensor in tensors]
-    function(*pointers, *rows(x, scale), threads, *limits(quantizer), *more)  # type: ignore[misc]  # `supports` was asked
+    function(*pointers, *layout, threads, *limits(quantizer), *more)
 
 
 @functools.cache

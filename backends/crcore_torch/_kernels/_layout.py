@@ -17,7 +17,10 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def rows(x: Tensor, scale: Tensor) -> tuple[int, int, int] | None:
+Rows = tuple[int, int, int]
+
+
+def rows(x: Tensor, scale: Tensor) -> Rows | None:
     """``(outer, channels, inner)``: in memory order, element (o, c, i) has scale c; None if it has no such order."""
     if not is_dense(x):
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crcore import LSQ
-from crcore_torch._kernels._layout import limits, rows
+from crcore_torch._kernels._layout import Rows, limits
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,24 +26,21 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def supports(x: Tensor, scale: Tensor) -> bool:
-    """Dense tensors whose channels lie in rows."""
-    return scale.dtype == torch.float32 and rows(x, scale) is not None
-
-
-def forward(quantizer: LSQ, x: Tensor, scale: Tensor) -> Tensor:
+def forward(quantizer: LSQ, x: Tensor, scale: Tensor, layout: Rows) -> Tensor:
     """``quantizer.forward(x, scale)``, to the bit."""
     y = torch.empty_like(x)
-    launch, programs, sizes = _plan(x, scale)
+    launch, programs, sizes = _launch(layout)
     with torch.cuda.device_of(x):
         launch.forward[(programs,)](x, scale.contiguous(), y, *limits(quantizer), *sizes)
     return y
 
 
-def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements: float) -> tuple[Tensor, Tensor]:
+def vjp(
+    quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, layout: Rows, *, elements: float
+) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
     dx = torch.empty_like(x)
-    launch, programs, sizes = _plan(x, scale)
+    launch, programs, sizes = _launch(layout)
     channels = sizes[0]
     sums = torch.empty(programs, device=x.device)
     grad_scale = (elements * quantizer.grid.hi) ** -0.5
@@ -54,11 +51,11 @@ def vjp(quantizer: LSQ, cotangent: Tensor, x: Tensor, scale: Tensor, *, elements
     return dx, sums.view(scale.shape)
 
 
-def _plan(x: Tensor, scale: Tensor) -> tuple[Any, int, tuple[int, int, int, int]]:
+def _launch(layout: Rows) -> tuple[Any, int, tuple[int, int, int, int]]:
     """The compiled functions, how many programs to launch, and ``(channels, inner, blocks per row, block)``."""
     from crcore_torch._kernels import _triton_lsq
 
-    outer, channels, inner = rows(x, scale)  # type: ignore[misc]
+    outer, channels, inner = layout
     block = _block(inner)
     per_row = -(-inner // block)
     return _triton_lsq, outer * channels * per_row, (channels, inner, per_row, block)
