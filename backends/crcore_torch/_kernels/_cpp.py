@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from crcore import LSQ
-from crcore_torch._kernels._layout import Rows, limits
+from crcore_torch._kernels._layout import Rows, limits, rows
 
 NAME = "cpp"
 DTYPES = (torch.float32, torch.float64)
 CHEAP_FORWARD = True
+layout = rows
 
 _SOURCE = Path(__file__).with_name("lsq.cpp")
 # No -ffast-math: a division must stay one, and a rounding half to even.

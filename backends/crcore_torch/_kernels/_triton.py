@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from crcore import LSQ
-from crcore_torch._kernels._layout import Rows, limits
+from crcore_torch._kernels._layout import Rows, limits, rows
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHEAP_FORWARD = True
+layout = rows
 
 
 def why_not() -> str | None:
