@@ -12,7 +12,6 @@ from torch import Tensor
 from crcore import Quantizer
 from crcore_torch import _kernels
 
-
 # Elements of a tensor whose memory is worth more than the call that makes it again.
 _WORTH_MAKING_AGAIN = 1 << 16
 
