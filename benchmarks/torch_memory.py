@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import itertools
 import json
 import os
@@ -17,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_measures import Settings, Step, attempt, batches, clean, float_network, progress
 from torch_students import NotMeasuredError, student
 
@@ -110,22 +114,38 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
+class Made(TorchDispatchMode):
+    """Within it, every tensor that an operation returns is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: list[StorageWeakRef] = []
+        self.sizes: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it."""
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self.storages.append(StorageWeakRef(storage))
+                self.sizes.append((storage.data_ptr(), storage.nbytes()))
+        return out
+
+    def alive(self) -> dict[int, int]:
+        """Bytes by address of what is still there."""
+        pairs = zip(self.storages, self.sizes, strict=True)
+        return dict(size for reference, size in pairs if not reference.expired())
+
+
 def saved_bytes(work: Step) -> int:
-    """Bytes of the storages that autograd packs in one step, parameters excluded.
-
-    What an operator keeps for itself elsewhere than through autograd does not show here.
-    """
-    own = storages(itertools.chain(work.net.parameters(), work.net.buffers()))
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = work.loss(*next(work.batches))
-    total = sum(storages(kept).values())
+    """Bytes of what the forward pass made and left for the backward pass, by whatever it is kept."""
+    x, other, y = next(work.batches)
+    own = storages(itertools.chain(work.net.parameters(), work.net.buffers(), (x, other, y)))
+    with Made() as made:
+        loss = work.loss(x, other, y)
+    gc.collect()
+    total = sum(size for address, size in made.alive().items() if address not in own)
     loss.backward()
     work.optimizer.zero_grad(set_to_none=True)
     return total

@@ -1,7 +1,7 @@
 """Quantization-aware training with consistency regularization, in a plain PyTorch loop.
 
 Trains a small 4-bit network on scikit-learn's handwritten digits with 400 labels, and prints the test accuracy of the
-student and of its teacher. Needs `pip install crcore[cli]`; takes seconds on a CPU.
+student and of its teacher. Needs `pip install crcore[cli] kornia`; takes seconds on a CPU.
 """
 
 import crcore_torch as crt

@@ -498,8 +498,8 @@ def formulas(source: str, path: str) -> list[str]:
     [
         path
         for path in sources(CORE, BACKENDS, without=("crcore/testing/_references.py",))  # which repeats on purpose
-        # Data, tables and learning rates are no formulas of the method.
-        if path.name not in ("_xp.py", "_data.py") and "testing" not in path.parts
+        # Data, views, tables and learning rates are no formulas of the method.
+        if path.name not in ("_xp.py", "_data.py", "_views.py") and "testing" not in path.parts
     ]
 )
 def test_a_formula_stands_once(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The `crcore` command: compare, train, evaluate and export.
 
-Importing this package is cheap; torch, kornia and the rest of the extra `crcore[cli]` load when a command runs.
+Importing this package is cheap; torch and the rest of the extra `crcore[cli]` load when a command runs.
 """
 
 import sys

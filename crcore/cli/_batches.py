@@ -65,13 +65,17 @@ class _Order:
     def __init__(self, index: NDArray[np.int64], size: int, *, seed: int, stream: str) -> None:
         self.index, self.size, self.seed, self.stream = index, size, seed, stream
         self.batches = len(index) // size if size else 0
-        self._pass = -1
+        self._pass = self._step = -1
         self._order = index
+        self._batch = torch.empty(0, dtype=torch.int64)
 
     def at(self, step: int) -> Tensor:
         """Indices [size] of the batch of a step."""
+        if step == self._step:  # asked for by images, labels and the teacher's view
+            return self._batch
         number, batch = divmod(step, self.batches)
         if number != self._pass:
             generator = np.random.default_rng(seed_of(self.seed, self.stream, number))
             self._pass, self._order = number, generator.permutation(self.index)
-        return torch.from_numpy(self._order[batch * self.size : (batch + 1) * self.size])
+        self._step, self._batch = step, torch.from_numpy(self._order[batch * self.size : (batch + 1) * self.size])
+        return self._batch

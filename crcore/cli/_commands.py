@@ -15,7 +15,7 @@ from crcore.cli._files import write_text
 from crcore.cli._networks import data_for, read_file
 from crcore.cli._progress import Progress
 from crcore.cli._recipes import quantizer_name, quantizers
-from crcore.cli._report import HEADER, cells, markdown, notes, rows, title
+from crcore.cli._report import HEADER, cells, markdown, notes, rows, time_spent, title
 from crcore.cli._runs import all_runs, total_steps
 from crcore.cli._session import Session, check_same_quantization, open_session
 from crcore.cli._settings import Settings, check_bits
@@ -31,6 +31,7 @@ def compare(settings: Settings, *, out: Path, resume: bool) -> None:
     write_text(out / "table.md", markdown(records, settings_, data))
     draw_curves(out / "curves.png", records, title(settings_, data))
     _print_table(console, records, title(settings_, data), notes(settings_, data))
+    _print_time(console, records)
     console.print(f"wrote {out / 'results.json'}, table.md, curves.png and the checkpoints", highlight=False)
 
 
@@ -42,6 +43,7 @@ def train(settings: Settings, *, out: Path, resume: bool) -> None:
     teacher = record["teacher_accuracy"]
     average = "" if teacher is None else f", its average {teacher:.2f} %"
     console.print(f"accuracy {record['accuracy']:.2f} %{average}", highlight=False)
+    _print_time(console, [record])
     for checkpoint in record["checkpoints"]:
         console.print(f"wrote {out / checkpoint}", highlight=False, soft_wrap=True)
 
@@ -114,6 +116,13 @@ def _print_table(console: Console, records: list[dict[str, Any]], caption: str, 
         console.print(f"{row.method:17} {row.differs}", highlight=False)
     for remark in remarks:
         console.print(remark, highlight=False)
+
+
+def _print_time(console: Console, records: list[dict[str, Any]]) -> None:
+    """On the screen alone: the files of a run do not depend on the machine."""
+    line = time_spent(records)
+    if line is not None:
+        console.print(line, highlight=False)
 
 
 def _data(session: Session) -> dict[str, Any]:

@@ -61,12 +61,15 @@ def train(
     record: dict[str, Any] = {"epochs": epochs, "steps": steps, "seconds": 0.0, "history": []}
     if progress_file.exists():
         record = load_progress(progress_file, model)
+    record.setdefault("seconds_by_part", dict.fromkeys(("data", "network", "evaluation"), 0.0))  # newer than the rest
     done = len(record["history"])
     progress.start(steps, done=done * per_epoch)
     averaged = model.teacher if recipe and recipe.ema else None
     if done < epochs:
+        data = Steps(batches, method, first=done * per_epoch, steps=steps)
         recorder = Recorder(
             record,
+            data=data,
             student=student,
             averaged=averaged,
             method=method,
@@ -79,7 +82,7 @@ def train(
             progress_file=progress_file,
         )
         model.fit(
-            Steps(batches, method, first=done * per_epoch, steps=steps),
+            data,
             epochs=epochs,
             initial_epoch=done,
             steps_per_epoch=per_epoch,
@@ -98,7 +101,8 @@ class Steps(keras.utils.PyDataset):
     def __init__(self, batches: Batches, method: Method, *, first: int, steps: int) -> None:
         super().__init__()
         self._batches, self._method, self._first, self._steps = batches, method, first, steps
-        self._lock = threading.Lock()  # TensorFlow asks from threads of its own, and views borrow torch's generator
+        self._lock = threading.Lock()  # TensorFlow asks from threads of its own, and `Batches` keeps the last order
+        self.seconds = 0.0  # spent here since it was set to zero
 
     def __len__(self) -> int:
         return self._steps - self._first
@@ -106,10 +110,12 @@ class Steps(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         step, method = self._first + index, self._method
         with self._lock:
+            began = time.perf_counter()
             views, labels = self._batches.student(step, unlabeled=method.unlabeled)
             x: Any = channels_last(views)
             if method.consistency:
                 x = (x, channels_last(self._batches.teacher(step, unlabeled=method.unlabeled)))
+            self.seconds += time.perf_counter() - began
         if method.unlabeled:
             count = len(labels)
             x = {"labeled": tuple(view[:count] for view in x), "unlabeled": tuple(view[count:] for view in x)}
@@ -123,6 +129,7 @@ class Recorder(keras.callbacks.Callback):
         self,
         record: dict[str, Any],
         *,
+        data: "Steps",
         student: Any,
         averaged: Any,
         method: Method,
@@ -135,7 +142,8 @@ class Recorder(keras.callbacks.Callback):
         progress_file: Path,
     ) -> None:
         super().__init__()
-        self.record, self.student, self.averaged, self.method, self.recipe = record, student, averaged, method, recipe
+        self.record, self.data, self.method, self.recipe = record, data, method, recipe
+        self.student, self.averaged = student, averaged
         self.batches, self.evaluation, self.evaluate_every, self.lr = batches, evaluation, evaluate_every, lr
         self.progress, self.progress_file = progress, progress_file
         self._began = time.perf_counter()
@@ -165,6 +173,7 @@ class Recorder(keras.callbacks.Callback):
         epochs = self.record["epochs"]
         task, consistency = _losses(logs or {})
         check_finite(task + consistency, self.method, seed=self.batches.seed, epoch=epoch + 1, lr=self.lr)
+        trained = time.perf_counter()
         measured = epoch + 1 == epochs or (epoch + 1) % self.evaluate_every == 0
         if measured and self.averaged is not None:
             self.model.update_teacher()
@@ -182,6 +191,11 @@ class Recorder(keras.callbacks.Callback):
         now = time.perf_counter()
         self.record["history"].append(entry)
         self.record["seconds"] += now - self._began
+        # TensorFlow draws the views while the network computes: their seconds count as theirs all the same.
+        data, self.data.seconds = self.data.seconds, 0.0
+        parts = {"data": data, "network": max(trained - self._began - data, 0.0), "evaluation": now - trained}
+        for part, seconds in parts.items():
+            self.record["seconds_by_part"][part] += seconds
         self._began = now
         save_progress(self.progress_file, self.model, self.record)
         self.progress.epoch(entry, epochs)

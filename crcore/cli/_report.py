@@ -138,6 +138,34 @@ def notes(settings: dict[str, Any], data: dict[str, Any]) -> list[str]:
     ]
 
 
+# Of a run's `seconds_by_part`, in the order of a step. The Keras backend sees teacher, student and update as one.
+PARTS = {
+    "data": "data and augmentation",
+    "teacher": "teacher",
+    "student": "student",
+    "update": "optimizer and average",
+    "network": "network",
+    "evaluation": "tests",
+}
+
+
+def time_spent(records: Sequence[Record]) -> str | None:
+    """Where the time of the runs went, in one line; None where no run says so, as those of earlier versions.
+
+    >>> time_spent([{"seconds_by_part": {"data": 1.0, "student": 8.0, "evaluation": 1.0}}])
+    'Time: 10 s; data and augmentation 10.0 %, student 80.0 %, tests 10.0 %.'
+    """
+    seconds: dict[str, float] = {}
+    for record in records:
+        for part, spent in record.get("seconds_by_part", {}).items():
+            seconds[part] = seconds.get(part, 0.0) + spent
+    total = sum(seconds.values())
+    if not total:
+        return None
+    shares = (f"{name} {100 * seconds[part] / total:.1f} %" for part, name in PARTS.items() if part in seconds)
+    return f"Time: {total:.0f} s; {', '.join(shares)}."
+
+
 def markdown(records: Sequence[Record], settings: dict[str, Any], data: dict[str, Any]) -> str:
     """The content of table.md."""
     lines = [f"# {title(settings, data)}", "", f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]

@@ -101,7 +101,7 @@ def open_session(settings: Settings, *, out: Path, resume: bool) -> Session:
 
 def versions(backend: Backend) -> dict[str, str]:
     """What decides a result to the last bit, beside the settings: versions, and how many threads share a sum."""
-    packages = {name: importlib.metadata.version(name) for name in ("crcore", "torch", "numpy", "kornia")}
+    packages = {name: importlib.metadata.version(name) for name in ("crcore", "torch", "numpy")}
     return {
         "python": platform.python_version(),
         **packages,

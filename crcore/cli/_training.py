@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import crcore as cr
 from crcore.cli._batches import Batches
 from crcore.cli._checkpoints import load_progress, save_progress
+from crcore.cli._clock import Clock
 from crcore.cli._evaluation import Evaluation
 from crcore.cli._history import average_decay, check_finite, consistency_weight, history_entry
 from crcore.cli._methods import Method
@@ -62,10 +63,12 @@ def train(
     record: dict[str, Any] = {"epochs": epochs, "steps": steps, "seconds": 0.0, "history": []}
     if progress_file.exists():
         record = load_progress(progress_file, modules, optimizer)
+    clock = Clock(device, record.setdefault("seconds_by_part", {}))  # earlier versions did not write it
     progress.start(steps, done=len(record["history"]) * batches.steps_per_epoch)
 
     for epoch in range(len(record["history"]), epochs):
         began = time.perf_counter()
+        clock.start()
         student.train()
         task_sum = torch.zeros((), device=device)
         consistency_sum = torch.zeros((), device=device)
@@ -74,28 +77,35 @@ def train(
                 group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / steps))
             torch.manual_seed(seed_of(batches.seed, "network", step))  # for random layers such as dropout
             x, y = batches.student(step, unlabeled=method.unlabeled)
+            clock.lap("data")
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                 logits = student(x)
-                target = _target(method, teacher, reference, x, batches, step)
+                clock.lap("student")
+                target = _target(method, teacher, reference, x, batches, step, clock)
             logits = logits.float()
             task = F.cross_entropy(logits[: len(y)], y)
             term = consistency(logits, target, step=step) if consistency is not None else torch.zeros_like(task)
             loss = task + term
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
+            clock.lap("student")
             optimizer.step()
             task_sum += task.detach()
             consistency_sum += term.detach()
             if (step + 1) % SHOW_EVERY == 0:
                 weight, decay = consistency_weight(recipe, step), average_decay(recipe, step + 1)
                 progress.step(epoch + 1, step + 1, task.item(), term.item(), weight, decay)
+                clock.lap("update")
+                clock.settle()
             else:
                 progress.advance()
+                clock.lap("update")
 
         last = epoch + 1 == epochs
         measured = last or (epoch + 1) % evaluate_every == 0
         task_mean = task_sum.item() / batches.steps_per_epoch
         consistency_mean = consistency_sum.item() / batches.steps_per_epoch
+        clock.lap("update")
         check_finite(task_mean + consistency_mean, method, seed=batches.seed, epoch=epoch + 1, lr=lr)
         entry = history_entry(
             recipe,
@@ -106,6 +116,8 @@ def train(
             accuracy=evaluation.accuracy(student) if measured else None,
             teacher_accuracy=evaluation.accuracy(teacher.model) if measured and teacher is not None else None,
         )
+        clock.lap("evaluation")
+        clock.settle()
         record["history"].append(entry)
         record["seconds"] += time.perf_counter() - began
         save_progress(progress_file, modules, optimizer, record)
@@ -118,14 +130,24 @@ def train(
 
 
 def _target(
-    method: Method, teacher: crt.Teacher | None, reference: nn.Module | None, x: Tensor, batches: Batches, step: int
+    method: Method,
+    teacher: crt.Teacher | None,
+    reference: nn.Module | None,
+    x: Tensor,
+    batches: Batches,
+    step: int,
+    clock: Clock,
 ) -> Tensor | None:
     """The logits that the student is asked to agree with, without a graph."""
     if method.distillation and reference is not None:
         with torch.no_grad():
             logits: Tensor = reference(x)
+        clock.lap("teacher")
         return logits.float()
     if method.consistency and teacher is not None:
-        averaged: Tensor = teacher(batches.teacher(step, unlabeled=method.unlabeled))
+        view = batches.teacher(step, unlabeled=method.unlabeled)
+        clock.lap("data")
+        averaged: Tensor = teacher(view)
+        clock.lap("teacher")
         return averaged.float()
     return None

@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_is_said_so(crcore, tmp_path) -> None:
     assert outcome.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("package", ["torch", "kornia", "safetensors", "rich", "sklearn"])
+@pytest.mark.parametrize("package", ["torch", "safetensors", "rich", "sklearn"])
 def test_a_missing_package_names_the_extra(tmp_path, package) -> None:
     script = f"import sys; sys.modules[{package!r}] = None; from crcore.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "compare", "--out", str(tmp_path / "out")]

@@ -19,7 +19,7 @@ def test_results_hold_every_seed_and_method(finished: Path) -> None:
     assert found["complete"] is True
     assert found["settings"]["weight_bits"] == 4
     assert found["settings"]["labels"] == 200
-    assert {"crcore", "torch", "numpy", "kornia", "python"} <= found["versions"].keys()
+    assert {"crcore", "torch", "numpy", "python"} <= found["versions"].keys()
     assert found["data"]["train"] + found["data"]["test"] == 1797
     for run in found["runs"]:
         average = run["method"] in ("qat+ema", "qat+cr", "qat+cr+unlabeled")

@@ -37,6 +37,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_times(found: dict[str, Any]) -> dict[str, Any]:
     for run in found["runs"]:
         assert run.pop("seconds") > 0
+        assert min(run.pop("seconds_by_part").values()) > 0
     return found
 
 

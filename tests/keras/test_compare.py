@@ -150,6 +150,15 @@ def test_results_name_backend_and_engine(finished) -> None:
 AGAIN = 0.2 if keras.config.backend() == "tensorflow" else 1e-4
 
 
+def test_each_run_says_where_its_time_went(finished: Path) -> None:
+    for run in results(finished)["runs"]:
+        parts = run["seconds_by_part"]
+        assert list(parts) == ["data", "network", "evaluation"]
+        assert min(parts.values()) > 0
+        if keras.backend.backend() != "tensorflow":  # which draws views while the network computes
+            assert sum(parts.values()) == pytest.approx(run["seconds"])
+
+
 def assert_same_history(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     if keras.config.backend() != "tensorflow":
         assert found == expected
