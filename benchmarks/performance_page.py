@@ -1,7 +1,7 @@
-"""Write the tables of docs/performance.md from the measurements of torch_step.py.
+"""Write the tables of docs/performance.md and README.md from the measurements of torch_step.py.
 
 A table stands between two lines of the page, `<!-- table MEASURE NAME -->` and `<!-- end -->`; its numbers come from
-benchmarks/results/torch_step-NAME.json. Ratios have their
+torch_step-NAME.json in benchmarks/results, or, for other machines, in a folder of docs/results. Ratios have their
 quartiles beside them, and are sorted; on a CPU they are of CPU time, on CUDA of the wall.
 
 examples:
@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "performance.md"
-RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+RESULTS = (
+    ROOT / "benchmarks" / "results",
+    *sorted(path for path in (ROOT / "docs" / "results").iterdir() if path.is_dir()),
+)
 TABLE = re.compile(r"(<!-- table (?P<measure>\w+) (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.S)
 TITLES = {
     "crcore": "**crcore**",
@@ -43,26 +46,30 @@ TITLES = {
 
 
 def main() -> None:
-    """Rewrite the page, or check it."""
+    """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a table is another")
     given = parser.parse_args()
-    old = PAGE.read_text(encoding="utf-8")
-    new = updated(old)
-    if given.check and old != new:
-        sys.exit(f"{PAGE} is not what {RESULTS} gives; run: python {Path(__file__).name}")
-    PAGE.write_text(new, encoding="utf-8")
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = updated(old)
+        if given.check and old != new:
+            sys.exit(f"{page} is not what the results give; run: python benchmarks/{Path(__file__).name}")
+        page.write_text(new, encoding="utf-8")
 
 
 def updated(page: str) -> str:
     """The page with its tables made anew."""
 
     def made(match: re.Match[str]) -> str:
-        path = RESULTS / f"torch_step-{match['name']}.json"
+        file = f"torch_step-{match['name']}.json"
         if match["measure"] not in TABLES:
             raise SystemExit(f"no table {match['measure']!r}; there are {', '.join(TABLES)}")
-        if not path.exists():
-            raise SystemExit(f"{path} is missing; make it with: python benchmarks/torch_step.py --out {path}")
+        path = next((folder / file for folder in RESULTS if (folder / file).exists()), None)
+        if path is None:
+            raise SystemExit(
+                f"{file} is missing; make it with: python benchmarks/torch_step.py --out {RESULTS[0] / file}"
+            )
         text = TABLES[match["measure"]](json.loads(path.read_text(encoding="utf-8")))
         return f"{match[1]}\n{text}\n\n{match[4]}"
 
@@ -199,14 +206,26 @@ def memory(found: dict[str, Any]) -> str:
 
     def cell(entry: dict[str, Any], name: str) -> str:
         ratio = entry["ratios"].get(name)
-        return f"{ratio['peak']:.2f}, {ratio['saved']:.2f}" if ratio else "-"
+        return ", ".join(f"{value:.2f}" for value in ratio.values()) if ratio else "-"
 
     base = ", ".join(
-        f"{case(entry, entries)} {entry['bytes']['float']['peak'] / 2**20:.0f} and "
-        f"{entry['bytes']['float']['saved'] / 2**20:.0f}"
+        f"{case(entry, entries)} " + " and ".join(f"{value / 2**20:.0f}" for value in entry["bytes"]["float"].values())
         for entry in entries
     )
     return f"{by_variant(entries, cell, names)}\n\nThe float step, MiB: {base}. Batch {entries[0]['batch']}."
+
+
+def summary(found: dict[str, Any]) -> str:
+    """Time and memory in one."""
+    steps, memories = found["step"], {entry["network"]: entry for entry in found["memory"]}
+    names = sorted_names(steps, lambda entry, name: ratios_of(entry)[name]["median"])
+
+    def cell(entry: dict[str, Any], name: str) -> str:
+        ratio = ratios_of(entry).get(name)
+        kept = memories[entry["network"]]["ratios"].get(name)
+        return f"{ratio['median']:.2f}, {kept['peak']:.2f}" if ratio and kept else "-"
+
+    return by_variant(steps, cell, names)
 
 
 def scaling(found: dict[str, Any]) -> str:
@@ -265,6 +284,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "compiled": compiled,
     "parts": parts,
     "memory": memory,
+    "summary": summary,
     "scaling": scaling,
     "quantizer": quantizer,
     "settings": settings,

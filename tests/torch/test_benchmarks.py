@@ -126,10 +126,11 @@ def test_the_page_is_what_the_results_give(found: Any, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import performance_page
 
-    page = performance_page.PAGE.read_text(encoding="utf-8")
-    assert performance_page.updated(page) == page, "run: python benchmarks/performance_page.py"
+    for path in performance_page.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert performance_page.updated(page) == page, f"{path.name}: run python benchmarks/performance_page.py"
 
-    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(performance_page, "RESULTS", (tmp_path,))
     (tmp_path / "torch_step-tiny.json").write_text(json.dumps(found))
     blank = "\n".join(f"<!-- table {name} tiny -->\n<!-- end -->" for name in performance_page.TABLES)
     filled = performance_page.updated(blank)
