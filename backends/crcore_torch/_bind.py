@@ -23,8 +23,12 @@ class _FakeQuantize(torch.autograd.Function):
         # Only the inputs: everything else is recomputed, which takes less memory than keeping it.
         ctx.save_for_backward(x, *stored)
         ctx.quantizer, ctx.elements = quantizer, elements
-        ctx.plan = _kernels.plan(kernel, quantizer, x, parameters)
-        return _kernels.forward(ctx.plan, quantizer, x, *parameters)
+        ctx.plan = plan = _kernels.plan(kernel, quantizer, x, parameters)
+        # Not weights, which are leaves: there is one of each, however large the batch; to make them again takes a small
+        # batch longer than their memory is worth.
+        is_large = not x.is_leaf and x.numel() >= _WORTH_MAKING_AGAIN
+        ctx.made_again = is_large and plan is not None and plan.kernel.CHEAP_FORWARD
+        return _kernels.forward(plan, quantizer, x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
@@ -85,7 +89,7 @@ def broadcast(arrays: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def quantized_again() -> AbstractContextManager[Any]:
-    """Within it, a layer keeps no quantized tensor for its backward pass: that is made again from what is kept anyway.
+    """Within it, a layer keeps no quantized activation for its backward pass: that is made again from what is kept.
 
     A quantizer keeps its input, a convolution its own: the same tensor, but for the quantizer. Where the forward of the
     quantizer is one pass, running it again costs less than a tensor for each layer. torch.compile decides this itself;
@@ -115,8 +119,7 @@ def _pack(tensor: Tensor) -> _Kept | _QuantizedAgain:
     quantized = tensor if tensor._base is None else tensor._base
     node: Any = quantized.grad_fn
     ours: type[Any] = _FakeQuantize._backward_cls  # type: ignore[attr-defined]
-    is_ours = isinstance(node, ours) and quantized.numel() >= _WORTH_MAKING_AGAIN
-    if is_ours and node.plan is not None and node.plan.kernel.CHEAP_FORWARD:
+    if isinstance(node, ours) and node.made_again:
         return _QuantizedAgain(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
     # Detached: an operation that keeps its own output would keep itself.
     return _Kept(tensor.detach(), tensor._version)
