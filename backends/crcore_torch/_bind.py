@@ -22,7 +22,7 @@ class _FakeQuantize(torch.autograd.Function):
         parameters = broadcast(stored, x)
         # Only the inputs: everything else is recomputed, which takes less memory than keeping it.
         ctx.save_for_backward(x, *stored)
-        ctx.quantizer, ctx.elements = quantizer, elements
+        ctx.kernel, ctx.quantizer, ctx.elements = kernel, quantizer, elements
         ctx.plan = plan = _kernels.plan(kernel, quantizer, x, parameters)
         # Not weights, which are leaves: there is one of each, however large the batch; to make them again takes a small
         # batch longer than their memory is worth.
@@ -109,31 +109,49 @@ class _Kept(NamedTuple):
     tensor: Tensor
     version: int
 
+    def get(self) -> Tensor:
+        """The tensor, if nobody wrote to it: torch leaves this check to the hooks."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {list(self.tensor.shape)} that is needed for gradient computation has been "
+                f"modified by an inplace operation: it is at version {self.tensor._version}, "
+                f"expected version {self.version}"
+            )
+        return self.tensor
+
 
 class _QuantizedAgain(NamedTuple):
-    node: Any  # of the graph: it keeps the quantizer's input, and checks that nobody wrote to it
+    kernel: str
+    quantizer: Quantizer
+    x: _Kept
+    stored: tuple[_Kept, ...]
     view: tuple[Any, ...]
+
+    def get(self) -> Tensor:
+        """The quantized tensor, or the view of it that the layer kept."""
+        x = self.x.get()
+        arrays = broadcast([kept.get() for kept in self.stored], x)
+        with torch.no_grad():
+            plan = _kernels.plan(self.kernel, self.quantizer, x, arrays)
+            return _kernels.forward(plan, self.quantizer, x, *arrays).as_strided(*self.view)
+
+
+def _keep(tensor: Tensor) -> _Kept:
+    # Detached, or an operation that keeps its own output would keep itself.
+    return _Kept(tensor if tensor.is_leaf else tensor.detach(), tensor._version)
 
 
 def _pack(tensor: Tensor) -> _Kept | _QuantizedAgain:
     quantized = tensor if tensor._base is None else tensor._base
     node: Any = quantized.grad_fn
     ours: type[Any] = _FakeQuantize._backward_cls  # type: ignore[attr-defined]
-    if isinstance(node, ours) and node.made_again:
-        return _QuantizedAgain(node, (tensor.size(), tensor.stride(), tensor.storage_offset()))
-    # Detached: an operation that keeps its own output would keep itself.
-    return _Kept(tensor.detach(), tensor._version)
+    # A view of another dtype is made of other strides, and what was written to is another tensor.
+    if isinstance(node, ours) and node.made_again and tensor.dtype == quantized.dtype and tensor._version == 0:
+        x, *stored = node.saved_tensors
+        view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return _QuantizedAgain(node.kernel, node.quantizer, _keep(x), tuple(map(_keep, stored)), view)
+    return _keep(tensor)
 
 
 def _unpack(packed: _Kept | _QuantizedAgain) -> Tensor:
-    if isinstance(packed, _QuantizedAgain):
-        node, view = packed
-        x, *stored = node.saved_tensors
-        with torch.no_grad():
-            return _kernels.forward(node.plan, node.quantizer, x, *broadcast(stored, x)).as_strided(*view)
-    if packed.tensor._version != packed.version:  # torch leaves this check to the hooks
-        raise RuntimeError(
-            f"a tensor of shape {list(packed.tensor.shape)} that is needed for gradient computation has been modified "
-            f"by an inplace operation: it is at version {packed.tensor._version}, expected version {packed.version}"
-        )
-    return packed.tensor
+    return packed.get()

@@ -7,6 +7,7 @@ identity, its parameters and their names: float checkpoints, optimizers, hooks a
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -81,8 +82,14 @@ class QuantizedLayer(_InputQuantized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, on its quantized input: the first argument, or the keyword ``input``."""
-        with quantized_again():
+        with quantized_again() if self._is_torchs_own else nullcontext():
             return super().forward(*args, **kwargs)
+
+    @property
+    def _is_torchs_own(self) -> bool:
+        # What a user's own code keeps, writes to or differentiates within a layer is not for us to meddle with.
+        base: Any = type(self).__bases__[1]
+        return str(base.forward.__module__).startswith("torch.nn.")
 
     @property
     def weight(self) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from crcore_torch import ConsistencyLoss
+from crcore_torch import ConsistencyLoss, _kernels
 from crcore_torch._bind import fake_quantize
 from crcore_torch._kernels import NAMES, _blocked, chosen
 from crcore_torch._teacher import ema_update_
@@ -98,8 +100,25 @@ LSQS = [name for name, q in QUANTIZERS.items() if isinstance(q, cr.LSQ) and q.bi
 @pytest.mark.parametrize(("kernel", "device"), KERNELS)
 def test_every_kernel_keeps_to_the_core(kernel: str, device: str, name: str) -> None:
     suite = type("Suite", (ConformanceSuite,), {"adapter": TorchAdapter(kernel, device=device)})()
-    suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
-    suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
+    with runs(kernel if QUANTIZERS[name].bits > 1 else "core"):
+        suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
+        suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
+
+
+@contextmanager
+def runs(kernel: str) -> Iterator[None]:
+    """Fails where the kernel has not run: the core's formula, which takes over, would be compared with itself."""
+    if kernel in ("auto", "core"):
+        yield
+        return
+    module = _kernels._KERNELS[kernel]
+    with (
+        mock.patch.object(module, "forward", wraps=module.forward) as forward,
+        mock.patch.object(module, "vjp", wraps=module.vjp) as vjp,
+    ):
+        yield
+    assert forward.called
+    assert vjp.called
 
 
 LAID_OUT = [
@@ -117,8 +136,9 @@ LAID_OUT = [
 @pytest.mark.parametrize(("kernel", "device", "name"), LAID_OUT)
 def test_memory_layout_changes_nothing(kernel: str, device: str, name: str, layout: str) -> None:
     suite = type("Suite", (ConformanceSuite,), {"adapter": TorchAdapter(kernel, layout, device)})()
-    suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
-    suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
+    with runs(kernel if layout != "with gaps" else "core"):
+        suite.test_forward_and_dx_are_bitwise_equal_on_the_lattice(name=name)
+        suite.test_forward_and_gradients_agree_on_free_inputs(name=name)
 
 
 def test_the_kernels_that_are_tested_are_those_that_run() -> None:

@@ -78,13 +78,14 @@ def chosen(name: str, quantizer: Quantizer, device: torch.device) -> str:
 
 def plan(name: str, quantizer: Quantizer, x: Tensor, parameters: tuple[Tensor, ...]) -> Plan | None:
     """How ``name`` runs this case; None: by the core's formula."""
-    # What is traced or batched (torch.compile, torch.export, torch.func) has no memory to walk through.
-    if type(quantizer) is not LSQ or name == "core" or torch.compiler.is_compiling() or not _plain(x):
+    if type(quantizer) is not LSQ or name == "core" or _is_traced() or not _plain(x):
+        return None
+    (scale,) = parameters
+    if scale.device != x.device or scale.dtype != _wide(x.dtype) or not _plain(scale):
         return None
     for kernel in _candidates(name, quantizer, x.device):
-        dtype = x.dtype if x.dtype in kernel.DTYPES else torch.float32
-        (scale,) = parameters
-        if scale.dtype == _wide(dtype) and (layout := kernel.layout(x, scale)) is not None:
+        dtype = x.dtype if x.dtype in kernel.DTYPES else _wide(x.dtype)
+        if dtype in kernel.DTYPES and (layout := kernel.layout(x, scale)) is not None:
             return Plan(kernel, dtype, layout)
     return None
 
@@ -101,11 +102,12 @@ def vjp(
     plan: Plan | None, quantizer: Any, cotangent: Tensor, x: Tensor, *parameters: Tensor, elements: float
 ) -> tuple[Tensor, ...]:
     """``quantizer.vjp(cotangent, x, *parameters)`` in float32 or wider; dx in the dtype of ``x``."""
-    if plan is None or torch.is_grad_enabled():  # a second derivative is wanted, which the kernels have not
+    # Where gradients are enabled a second derivative is wanted, which the kernels have not.
+    if plan is None or torch.is_grad_enabled() or _is_traced() or not (_plain(x) and _plain(cotangent)):
         dx, *others = quantizer.vjp(widened(cotangent), widened(x), *parameters, elements=elements, xp=xp)
         return dx.to(x.dtype), *others
     given = _as(plan.dtype, x)
-    if cotangent.stride() != given.stride() or cotangent.dtype != given.dtype or not _plain(cotangent):
+    if cotangent.stride() != given.stride() or cotangent.dtype != given.dtype:
         cotangent = torch.empty_like(given).copy_(cotangent)
     dx, dscale = plan.kernel.vjp(quantizer, cotangent, given, parameters[0], plan.layout, elements=elements)
     return _as(x.dtype, dx), dscale
@@ -132,7 +134,16 @@ def _candidates(name: str, quantizer: LSQ, device: torch.device) -> tuple[Kernel
     return tuple(kernel for kernel in named if not kernel.why_not())
 
 
+def _is_traced() -> bool:
+    """Whether operations are written down, which those of a kernel would not be: torch.compile, jit.trace, make_fx."""
+    proxy = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return True
+    return torch._C._get_dispatch_mode(proxy) is not None
+
+
 def _plain(x: Tensor) -> bool:
+    """Whether the values lie in memory as they are."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg():
         return False
     try:

@@ -52,7 +52,7 @@ def vjp(
         if buffers is None or buffers[0].shape != block.shape:  # the first block, and a shorter last one
             buffers = tuple(torch.empty_like(block) for _ in range(3))
         v, q, outside = buffers
-        torch.div(block, step, out=v)
+        torch.div(block, step, out=v).clamp_(grid.lo - 1.0, grid.hi + 1.0)  # infinity times zero would be NaN
         torch.ops.aten.hardtanh_backward.grad_input(g, v, below, above, grad_input=out)
         torch.clamp(v, grid.lo, grid.hi, out=q).round_()
         torch.sub(q, v, out=v).mul_(out)  # inside: g * (q - v)

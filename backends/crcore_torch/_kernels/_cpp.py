@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -29,6 +30,7 @@ _SOURCE = Path(__file__).with_name("lsq.cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 _WORTH_A_THREAD = 1 << 15  # elements
+_PATIENCE = 120  # seconds, for what takes one
 
 
 _SHAPE_AND_GRID = (ctypes.c_int64,) * 3 + (ctypes.c_int,) + (ctypes.c_double,) * 4
@@ -74,35 +76,59 @@ def _call(what: str, quantizer: LSQ, tensors: tuple[Tensor, ...], layout: Rows, 
 @functools.cache
 def _built() -> ctypes.CDLL | str:
     """The library, built now or earlier; or why there is none."""
-    asked = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, (asked,) if asked else _COMPILERS)), None)
-    if compiler is None:
-        return f"it needs a C++ compiler, and found none of {', '.join((asked,) if asked else _COMPILERS)}"
+    asked = shlex.split(os.environ.get("CXX", ""))
+    found = shutil.which(asked[0]) if asked else next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is None:
+        return f"it needs a C++ compiler, and found none of {', '.join(asked[:1] or _COMPILERS)}"
+    compiler = [found, *asked[1:]]
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        folder = _private(_cache_folder())
+        version = _run([*compiler, "--version"])
         # A home folder may be that of many machines, and what was built for one processor be illegal on another.
-        what = (_SOURCE.read_bytes(), *map(str.encode, _FLAGS), version, _processor().encode())
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crcore"
+        what = (_SOURCE.read_bytes(), *map(str.encode, (*compiler, *_FLAGS)), version, _processor().encode())
         library = folder / f"lsq-{hashlib.sha256(b'|'.join(what)).hexdigest()[:20]}.so"
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:  # processes that build at once do not meet
-                made = Path(temporary) / library.name
-                subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(made)], capture_output=True, check=True)
-                made.replace(library)
-        functions = ctypes.CDLL(str(library))
-        for name in ("float32", "float64"):
-            getattr(functions, f"forward_{name}").argtypes = (*[ctypes.c_void_p] * 3, *_SHAPE_AND_GRID)
-            getattr(functions, f"backward_{name}").argtypes = (
-                *[ctypes.c_void_p] * 5,
-                *_SHAPE_AND_GRID,
-                ctypes.c_double,
-            )
-        return functions
+        if library.exists():
+            try:
+                return _loaded(library)
+            except (OSError, AttributeError):  # damaged; below it is made again
+                pass
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # processes that build at once do not meet
+            made = Path(temporary) / library.name
+            _run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(made)])
+            made.replace(library)
+        return _loaded(library)
     except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[:500]}"
-    except (OSError, RuntimeError) as error:
-        return f"{compiler}: {error}"
+        return f"{found} failed: {error.stderr.decode(errors='replace').strip()[:500]}"
+    except subprocess.TimeoutExpired:
+        return f"{found} took longer than {_PATIENCE} s"
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"{found}: {error}"
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL, timeout=_PATIENCE).stdout
+
+
+def _cache_folder() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "crcore"
+
+
+def _private(folder: Path) -> Path:
+    """The folder, made if need be. What is loaded from it is run: nobody else may write there."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise OSError(f"others can write to {folder}; make it yours alone, or name another in XDG_CACHE_HOME")
+    return folder
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    functions = ctypes.CDLL(str(library))
+    for name in ("float32", "float64"):
+        getattr(functions, f"forward_{name}").argtypes = (*[ctypes.c_void_p] * 3, *_SHAPE_AND_GRID)
+        getattr(functions, f"backward_{name}").argtypes = (*[ctypes.c_void_p] * 5, *_SHAPE_AND_GRID, ctypes.c_double)
+    return functions
 
 
 def _processor() -> str:

@@ -18,19 +18,23 @@ def is_dense(x: Tensor) -> bool:
 
 
 Rows = tuple[int, int, int]
+_SHORTEST_ROW = 8  # elements of a vector register; with shorter rows the core's formula is faster
 
 
 def rows(x: Tensor, scale: Tensor) -> Rows | None:
     """``(outer, channels, inner)``: in memory order, element (o, c, i) has scale c; None if it has no such order."""
-    if not is_dense(x):
+    if not is_dense(x) or scale.ndim != x.ndim:
         return None
     axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
     if not axes:
         return 1, 1, x.numel()
-    (axis,) = axes
-    if x.is_contiguous():
-        return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
-    return (1, x.shape[0], math.prod(x.shape[1:])) if axis == 0 else None
+    axis = axes[0]
+    if len(axes) > 1 or scale.shape[axis] != x.shape[axis]:
+        return None
+    before, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+    if not x.is_contiguous():  # but channels last
+        before, inner = (1, x.numel() // x.shape[0]) if axis == 0 else (0, 0)
+    return (before, x.shape[axis], inner) if inner >= _SHORTEST_ROW else None
 
 
 @functools.cache

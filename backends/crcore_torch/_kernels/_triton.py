@@ -14,7 +14,6 @@ from crcore_torch._kernels._layout import Rows, limits, rows
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHEAP_FORWARD = True
-layout = rows
 
 
 def why_not() -> str | None:
@@ -27,12 +26,18 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def layout(x: Tensor, scale: Tensor) -> Rows | None:
+    """Dense tensors whose channels lie in rows, as many blocks as a launch can count."""
+    found = rows(x, scale)
+    return found if found is not None and _launch(found)[0] < 2**31 else None
+
+
 def forward(quantizer: LSQ, x: Tensor, scale: Tensor, layout: Rows) -> Tensor:
     """``quantizer.forward(x, scale)``, to the bit."""
     y = torch.empty_like(x)
-    launch, programs, sizes = _launch(layout)
+    programs, sizes = _launch(layout)
     with torch.cuda.device_of(x):
-        launch.forward[(programs,)](x, scale.contiguous(), y, *limits(quantizer), *sizes)
+        _functions().forward[(programs,)](x, scale.contiguous(), y, *limits(quantizer), *sizes)
     return y
 
 
@@ -41,25 +46,32 @@ def vjp(
 ) -> tuple[Tensor, Tensor]:
     """``quantizer.vjp(cotangent, x, scale)``: dx to the bit, dscale up to the order of summation."""
     dx = torch.empty_like(x)
-    launch, programs, sizes = _launch(layout)
+    programs, sizes = _launch(layout)
     channels = sizes[0]
     sums = torch.empty(programs, device=x.device)
     grad_scale = (elements * quantizer.grid.hi) ** -0.5
     with torch.cuda.device_of(x):
-        launch.backward[(programs,)](x, cotangent, scale.contiguous(), dx, sums, *limits(quantizer), grad_scale, *sizes)
+        _functions().backward[(programs,)](
+            x, cotangent, scale.contiguous(), dx, sums, *limits(quantizer), grad_scale, *sizes
+        )
     if programs > channels:
         sums = sums.view(-1, channels, sizes[2]).sum((0, 2))
     return dx, sums.view(scale.shape)
 
 
-def _launch(layout: Rows) -> tuple[Any, int, tuple[int, int, int, int]]:
-    """The compiled functions, how many programs to launch, and ``(channels, inner, blocks per row, block)``."""
+def _functions() -> Any:
+    """The compiled functions; importing them imports Triton."""
     from crcore_torch._kernels import _triton_lsq
 
+    return _triton_lsq
+
+
+def _launch(layout: Rows) -> tuple[int, tuple[int, int, int, int]]:
+    """How many programs to launch, and ``(channels, inner, blocks per row, block)``."""
     outer, channels, inner = layout
     block = _block(inner)
     per_row = -(-inner // block)
-    return _triton_lsq, outer * channels * per_row, (channels, inner, per_row, block)
+    return outer * channels * per_row, (channels, inner, per_row, block)
 
 
 def _block(inner: int) -> int:

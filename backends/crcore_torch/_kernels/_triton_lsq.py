@@ -16,7 +16,7 @@ def _block_of(scale, lowest_scale, highest_scale, channels, inner, per_row, bloc
     """``(where the elements are, which of them exist, the scale in use)``."""
     program = tl.program_id(0)
     row = program // per_row
-    column = (program % per_row) * block + tl.arange(0, block)
+    column = (program % per_row).to(tl.int64) * block + tl.arange(0, block)
     step = tl.load(scale + row % channels)
     return row.to(tl.int64) * inner + column, column < inner, _within(step, lowest_scale, highest_scale)
 

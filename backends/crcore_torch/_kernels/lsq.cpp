@@ -82,12 +82,16 @@ void backward(const T* x, const T* g, const T* scale, T* dx, T* dscale, const Sh
     double total = 0;
     for (int64_t begin = 0; begin < count; begin += RUN) {
       const int64_t end = std::min(count, begin + RUN);
-      T lanes[LANES] = {}, sum = 0;
+      T sum = 0;
       int64_t i = begin;
-      for (; i + LANES <= end; i += LANES)
-        for (int64_t l = 0; l < LANES; ++l) lanes[l] += gradient(from[i + l], upstream[i + l], to[i + l], step, lo, hi);
+      if (end - begin >= LANES) {
+        T lanes[LANES] = {};
+        for (; i + LANES <= end; i += LANES)
+          for (int64_t l = 0; l < LANES; ++l)
+            lanes[l] += gradient(from[i + l], upstream[i + l], to[i + l], step, lo, hi);
+        for (int64_t l = 0; l < LANES; ++l) sum += lanes[l];
+      }
       for (; i < end; ++i) sum += gradient(from[i], upstream[i], to[i], step, lo, hi);
-      for (int64_t l = 0; l < LANES; ++l) sum += lanes[l];
       total += sum;
     }
     sums[block] = total;
