@@ -327,7 +327,7 @@ def test_the_repr_shows_the_quantizers():
     shown = repr(crt.prepare(mlp(), recipe(4)))
     assert "QuantizedLinear(" in shown
     assert "(weight_quantizer): FakeQuantize(LSQ(bits=4, per_channel=True, signed=True" in shown
-    assert "(input_quantizer): FakeQuantize(LSQ(bits=4, per_channel=False, signed=None, narrow=False), not" in shown
+    assert "(input_quantizer): FakeQuantize(LSQ(bits=4, per_channel=False, signed=None, narrow=False), kernel=" in shown
 
 
 # --- the recipe ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ the core's formula makes a new tensor per array function. The conformance kit ho
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -72,8 +73,11 @@ def check_kernel(name: str) -> None:
 
 def chosen(name: str, quantizer: Quantizer, device: torch.device) -> str:
     """The kernel that ``name`` stands for with such a quantizer on such a device."""
-    candidates = _candidates(name, quantizer, device) if type(quantizer) is LSQ else ()
-    return next((kernel.NAME for kernel in candidates), "core")
+    if type(quantizer) is not LSQ:
+        return "core"
+    if quantizer.signed is None:  # the first batch decides, and not about this
+        quantizer = replace(quantizer, signed=False)
+    return next((kernel.NAME for kernel in _candidates(name, quantizer, device)), "core")
 
 
 def plan(name: str, quantizer: Quantizer, x: Tensor, parameters: tuple[Tensor, ...]) -> Plan | None:
