@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,8 @@ class Teacher(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The averaged network's output, without a graph."""
-        self._adopt_flags()
+        if self._student:
+            _adopt_flags(_pairs(self.model, self._student[0]))
         with torch.no_grad():
             if self.step == 0 and not torch.compiler.is_compiling():
                 self._take_over_foreign()
@@ -116,16 +117,17 @@ class Teacher(nn.Module):
         Raises:
             CRCoreError: this is a copy, which follows no student.
         """
-        self._adopt_flags()
+        pairs = list(_pairs(self.model, self._source()))  # once: walking takes longer than what is done on the way
+        _adopt_flags(pairs)
         averages: list[Tensor] = []
         values: list[Tensor] = []
-        for average, value in _statistics(self.model, self._source()):
+        for average, value in _statistics(pairs):
             averages.append(average)
             values.append(value)
-        late = [pair for pair in _pairs(self.model, self._source()) if has_late_scale(pair[0])]
+        late = [pair for pair in pairs if has_late_scale(pair[0])]
         if averages:
             ema_update_(averages, _agreed(values), self.decay)
-        _copy_other_buffers(self.model, self._source())
+        _copy_other_buffers(pairs)
         for mine, source in late:
             take_over(mine, source)
         self.step += 1
@@ -143,13 +145,6 @@ class Teacher(nn.Module):
                 "this teacher is a copy and follows no student; make a Teacher(student) and load its state_dict there"
             )
         return self._student[0]
-
-    def _adopt_flags(self) -> None:
-        """Quantizers that the student has initialized (or frozen) since: start averaging from its values."""
-        if self._student:
-            for mine, source in _pairs(self.model, self._student[0]):
-                if isinstance(mine, FakeQuantize) and isinstance(source, FakeQuantize):
-                    mine.adopt(source)
 
     def _take_over_foreign(self) -> None:
         """Before its first update the teacher is the student, other libraries' first batch included."""
@@ -181,14 +176,24 @@ def ema_update_(averages: list[Tensor], values: list[Tensor], decay: float) -> N
     torch._foreach_lerp_(averages, values, 1.0 - decay)
 
 
-def _pairs(model: nn.Module, student: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+Pair = tuple[nn.Module, nn.Module]  # the teacher's and the student's
+
+
+def _pairs(model: nn.Module, student: nn.Module) -> Iterator[Pair]:
     return zip(model.modules(), student.modules(), strict=True)
 
 
-def _statistics(model: nn.Module, student: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _adopt_flags(pairs: Iterable[Pair]) -> None:
+    """Quantizers that the student has initialized (or frozen) since: start averaging from its values."""
+    for mine, source in pairs:
+        if isinstance(mine, FakeQuantize) and isinstance(source, FakeQuantize):
+            mine.adopt(source)
+
+
+def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
     """The teacher's tensor and the student's, for everything that is averaged."""
     seen: set[int] = set()
-    for mine, source in _pairs(model, student):
+    for mine, source in pairs:
         tensors = list(_named(mine._parameters))
         if isinstance(mine, _AVERAGED_BUFFERS):
             tensors += _named(mine._buffers)
@@ -214,8 +219,8 @@ def _agreed(values: list[Tensor]) -> list[Tensor]:
     return values
 
 
-def _copy_other_buffers(model: nn.Module, student: nn.Module) -> None:
-    for mine, source in _pairs(model, student):
+def _copy_other_buffers(pairs: Iterable[Pair]) -> None:
+    for mine, source in pairs:
         if isinstance(mine, FakeQuantize):  # its flags are mirrored in Python, see _adopt_flags
             continue
         if not isinstance(mine, _AVERAGED_BUFFERS):
