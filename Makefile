@@ -48,7 +48,7 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/python -m mypy
 
 # ARGS, such as --rounds 3, are torch_step.py's; what is measured for a GPU stays as it is.
-bench: $(VENV)/.installed-peers  ## install, measure speed and memory on one CPU thread, rewrite docs/performance.md; about two hours
+bench: $(VENV)/.installed-peers  ## install, measure speed and memory on one CPU thread, rewrite its tables; about an hour
 	$(OFFLINE) $(VENV)/bin/python benchmarks/torch_step.py --peers $(VENV)/peers --out benchmarks/results/torch_step-cpu.json $(ARGS)
 	$(VENV)/bin/python benchmarks/performance_page.py
 
