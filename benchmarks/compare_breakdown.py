@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from shared import processor
 
 METHODS = ("fp32", "qat", "qat+cr")
 TEST_IMAGES = 100
@@ -192,15 +193,6 @@ def table(found: dict[str, Any]) -> str:
         cells += [f"{share(last, part):.1f} %" if part in last else "-" for part in ("teacher", "student", "update")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """The processor's own name where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((text.split(":")[1].strip() for text in lines if text.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -31,12 +31,13 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from shared import processor, progress
 
 BATCHES = (1, 32)
 # Name: bits of weights and activations, and the quantizer of the activations.
@@ -258,20 +259,6 @@ def tables(found: dict[str, Any]) -> str:
             lines.append(f"| {title} | {' | '.join([*cells, f'{reference:,}'])} |")
         lines.append("")
     return "\n".join([*lines, "aims: " + "; ".join(f"{name} {aim}" for name, aim in found["aims"].items())])
-
-
-def progress(text: str) -> None:
-    """A line on the screen."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def processor() -> str:
-    """The processor's own name where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from shared import names_of, processor, progress
+
 ENGINES = ("tensorflow", "jax", "torch")
 VARIANTS = ("float", "qat", "average", "consistency", "hgq2")
 RATIOS = {
@@ -115,18 +117,6 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def names_of(known: tuple[str, ...]) -> Any:
-    """A type for argparse: some of the known names, separated by commas."""
-
-    def names(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return found
-
-    return names
-
-
 def in_own_process(engine: str) -> dict[str, Any]:
     """The measurements of one engine, which has a process for its own; progress goes to the screen."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
@@ -188,11 +178,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "load average at the end": os.getloadavg()[1] if hasattr(os, "getloadavg") else None,
         },
     }
-
-
-def progress(text: str) -> None:
-    """A line on the screen."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def built(variants: tuple[str, ...], model: str, *, xla: bool) -> tuple[dict[str, Any], dict[str, str]]:
@@ -339,15 +324,6 @@ def versions(missing: dict[str, str]) -> dict[str, str]:
     """Of what was measured."""
     packages = ["crcore", "keras", "tensorflow", "jax", "torch", "numpy"] + ([] if "hgq2" in missing else ["HGQ2"])
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def processor() -> str:
-    """The processor's own name where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(found: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ import copy
 import gc
 import itertools
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from shared import progress
 from torch import Tensor, nn
 from torch_layers import KINDS, network
 from torch_students import NotMeasuredError, crcore, student
@@ -43,11 +43,6 @@ class Settings:
     def cuda(self) -> bool:
         """Whether work is queued, and done later."""
         return self.device == "cuda"
-
-
-def progress(text: str) -> None:
-    """A line on the screen."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- clocks and rounds ---

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import progress
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch_measures import Settings, Step, attempt, batches, clean, float_network, progress
+from torch_measures import Settings, Step, attempt, batches, clean, float_network
 from torch_students import NotMeasuredError, student
 
 

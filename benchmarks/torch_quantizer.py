@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from shared import progress
 from torch import Tensor
-from torch_measures import Settings, attempt, clean, progress, ratios
+from torch_measures import Settings, attempt, clean, ratios
 from torch_students import quantizer_of
 
 

@@ -47,6 +47,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from shared import names_of, processor
+
 MEASURES = ("step", "compiled", "parts", "memory", "scaling", "quantizer")
 NETWORKS = ("resnet18", "mobilenetv2", "vit")
 PACKAGES = ("torch", "numpy", "transformers", "triton", "brevitas", "torchao", "nncf", "nvidia-modelopt")
@@ -118,18 +120,6 @@ def arguments() -> argparse.Namespace:
     given.out = None if given.worker else given.out
     given.variants = tuple(name for name in VARIANTS if name == "float" or name in given.variants)
     return given
-
-
-def names_of(known: tuple[str, ...]) -> Any:
-    """A type for argparse: some of the known names, separated by commas."""
-
-    def names(text: str) -> tuple[str, ...]:
-        found = tuple(text.split(","))
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return found
-
-    return names
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -209,15 +199,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def processor() -> str:
-    """The processor's own name where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

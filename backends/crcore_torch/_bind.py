@@ -83,7 +83,7 @@ def fake_quantize(
 
 def broadcast(arrays: Sequence[Tensor], x: Tensor) -> tuple[Tensor, ...]:
     """As the core takes them: with ``x.ndim`` dimensions, in the dtype of the arithmetic."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = _kernels.wide(x.dtype)
     arrays = [array if array.dtype == dtype else array.to(dtype) for array in arrays]
     return tuple(array if array.ndim == x.ndim else array.reshape((1,) * x.ndim) for array in arrays)
 

@@ -135,7 +135,10 @@ def test_the_table_of_the_readme_is_that_of_the_result_file() -> None:
         ("speed", "deploy", "tables", "deploy"),
     ],
 )
-def test_the_tables_of_the_deploy_page_are_those_of_the_result_files(marker, script, function, result) -> None:
+def test_the_tables_of_the_deploy_page_are_those_of_the_result_files(
+    marker, script, function, result, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # where scripts find what they share
     page = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
     shown = page.partition(f"<!-- {marker}: begin -->")[2].partition(f"<!-- {marker}: end -->")[0]
     described = importlib.util.spec_from_file_location(script, ROOT / f"benchmarks/{script}.py")
@@ -144,3 +147,19 @@ def test_the_tables_of_the_deploy_page_are_those_of_the_result_files(marker, scr
     results = json.loads((ROOT / f"benchmarks/results/{result}.json").read_text(encoding="utf-8"))
     assert shown.strip() == getattr(module, function)(results).strip()
     assert shown.count("|") > 50
+
+
+def test_the_table_of_where_time_goes_is_that_of_the_result_file() -> None:
+    cases = json.loads((ROOT / "benchmarks/results/compare_breakdown.json").read_text(encoding="utf-8"))["cases"]
+    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8").partition("## Where the time goes")[2]
+    shown = re.findall(r"^\| .*? \| ([\d. %|]+) \|$", page.partition("\n## ")[0], re.M)
+    found = []
+    for case in cases.values():
+        steps = {
+            method: {part: spent for part, spent in seconds.items() if part != "evaluation"}
+            for method, seconds in case.items()
+        }
+        shares = (100 * steps[method]["data"] / sum(steps[method].values()) for method in ("fp32", "qat", "qat+cr"))
+        found.append(" | ".join(f"{share:.1f} %" for share in shares))
+    assert shown == found
+    assert len(found) == 9

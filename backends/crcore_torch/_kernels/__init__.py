@@ -85,10 +85,10 @@ def plan(name: str, quantizer: Quantizer, x: Tensor, parameters: tuple[Tensor, .
     if type(quantizer) is not LSQ or name == "core" or _is_traced() or not _plain(x):
         return None
     (scale,) = parameters
-    if scale.device != x.device or scale.dtype != _wide(x.dtype) or not _plain(scale):
+    if scale.device != x.device or scale.dtype != wide(x.dtype) or not _plain(scale):
         return None
     for kernel in _candidates(name, quantizer, x.device):
-        dtype = x.dtype if x.dtype in kernel.DTYPES else _wide(x.dtype)
+        dtype = x.dtype if x.dtype in kernel.DTYPES else wide(x.dtype)
         if dtype in kernel.DTYPES and (layout := kernel.layout(x, scale)) is not None:
             return Plan(kernel, dtype, layout)
     return None
@@ -119,10 +119,11 @@ def vjp(
 
 def widened(x: Tensor) -> Tensor:
     """In the dtype that quantizers compute in."""
-    return _as(_wide(x.dtype), x)
+    return _as(wide(x.dtype), x)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that quantizers compute in, for tensors of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
