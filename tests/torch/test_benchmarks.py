@@ -146,3 +146,15 @@ def test_wrong_arguments_are_refused(wrong: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert wrong[0] in done.stderr
+
+
+def test_only_what_is_still_there_counts_as_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import torch
+    from torch_memory import Made
+
+    with Made() as made:
+        kept = [torch.zeros(1000) + 1.0]
+        kept.append(kept[0][:10])  # a view keeps nothing of its own
+        torch.zeros(5000) + 1.0
+    assert sum(made.alive().values()) == 4000
