@@ -35,6 +35,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, *stored = ctx.saved_tensors
         parameters = broadcast(stored, x)
         dx, *others = _kernels.vjp(ctx.plan, ctx.quantizer, cotangent, x, *parameters, elements=ctx.elements)
+        # What is observed instead of learned has none.
         others = [gradient.reshape(array.shape) for gradient, array in zip(others, stored, strict=False)]
         return None, None, None, dx, *others, *[None] * (len(stored) - len(others))
 
@@ -71,12 +72,11 @@ def fake_quantize(
         elements: how many elements share one scale; of an activation, within one sample.
         kernel: one of `_kernels.NAMES`.
     """
-    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (x, *parameters)):
         # Not only cheaper: where nothing needs a gradient, torch.compile hands forward() a context it does not take.
         arrays = broadcast(parameters, x)
         return _kernels.forward(_kernels.plan(kernel, quantizer, x, arrays), quantizer, x, *arrays)
-    if is_traced:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _TracedFakeQuantize.apply(quantizer, elements, x, *broadcast(parameters, x))
     return _FakeQuantize.apply(kernel, quantizer, elements, x, *parameters)
 
