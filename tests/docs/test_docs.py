@@ -163,3 +163,14 @@ def test_the_table_of_where_time_goes_is_that_of_the_result_file() -> None:
         found.append(" | ".join(f"{share:.1f} %" for share in shares))
     assert shown == found
     assert len(found) == 9
+
+
+@pytest.mark.parametrize(("heading", "run"), [("Digits", "digits"), ("CIFAR-10", "cifar10-jpeg-4000")])
+def test_the_results_of_the_readme_are_those_of_the_recorded_runs(heading, run) -> None:
+    def rows(text: str) -> list[list[str]]:
+        return [line.split(" | ")[:5] for line in text.splitlines() if re.match(r"\| (fp32|qat)", line)]
+
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"### {heading}")[2].partition("\n#")[0]
+    recorded = rows((ROOT / f"docs/results/{run}/table.md").read_text(encoding="utf-8"))
+    assert rows(section) == recorded
+    assert len(recorded) == 6
