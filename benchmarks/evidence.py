@@ -54,7 +54,7 @@ RUNS = {
         f"crcore sweep {FEWEST} --vary bits=4 --consistency-weight 5 --seeds 5 "
         "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
-    "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 5"),
+    "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 2"),
     "labels-4000": Run(
         f"crcore sweep {CIFAR} --labels 4000 --epochs 24 --evaluate-every 6 --vary student-view=strong,weak"
     ),
