@@ -16,6 +16,7 @@ no framework; `crcore_torch` binds it to PyTorch.
 
 from crcore._checkpoints import PortableLayer as PortableLayer
 from crcore._consistency import Consistency as Consistency
+from crcore._divergences import cross_entropy as cross_entropy
 from crcore._divergences import js_divergence as js_divergence
 from crcore._divergences import kl_divergence as kl_divergence
 from crcore._divergences import mse_divergence as mse_divergence
@@ -66,6 +67,7 @@ __all__ = [
     "code_limits",
     "constant",
     "cosine_ramp",
+    "cross_entropy",
     "ema_update",
     "js_divergence",
     "kl_divergence",

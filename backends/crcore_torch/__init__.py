@@ -18,6 +18,7 @@ from crcore_torch._export import export_litert as export_litert
 from crcore_torch._export import export_onnx as export_onnx
 from crcore_torch._export import verify as verify
 from crcore_torch._fake_quantize import FakeQuantize as FakeQuantize
+from crcore_torch._landscape import Landscape as Landscape
 from crcore_torch._loss import ConsistencyLoss as ConsistencyLoss
 from crcore_torch._optim import parameter_groups as parameter_groups
 from crcore_torch._portable import load_portable as load_portable
@@ -31,6 +32,7 @@ __all__ = [
     "ConsistencyLoss",
     "FakeQuantize",
     "IntegerWeight",
+    "Landscape",
     "Teacher",
     "convert",
     "export_litert",
