@@ -1,4 +1,4 @@
-"""The `crcore` command: compare, train, evaluate and export.
+"""The `crcore` command: compare, sweep, train, evaluate and export.
 
 Importing this package is cheap; torch and the rest of the extra `crcore[cli]` load when a command runs.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from crcore import CRCoreError
-from crcore.cli._arguments import build_parser, output_folder, settings_from
+from crcore.cli._arguments import build_parser, output_folder, settings_from, sweep_settings
 
 __all__ = ["main"]
 
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = build_parser(version("crcore")).parse_args(arguments)
+    parser, arguments = build_parser(version("crcore")), sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
     if options.command == "evaluate":
         from crcore.cli._commands import evaluate
 
@@ -66,15 +67,21 @@ def _run(arguments: Sequence[str] | None) -> int:
             as_json=options.json,
         )
         return 0
-    settings = settings_from(options)
     out = output_folder(options)
-    from crcore.cli import _commands
-
-    command = _commands.compare if options.command == "compare" else _commands.train
     try:
-        command(settings, out=out, resume=options.resume)
+        if options.command == "sweep":
+            points = sweep_settings(parser, arguments, options.vary)
+            from crcore.cli._sweep import sweep
+
+            sweep(options.vary, points, out=out, resume=options.resume)
+        else:
+            settings = settings_from(options)
+            from crcore.cli import _commands
+
+            command = _commands.compare if options.command == "compare" else _commands.train
+            command(settings, out=out, resume=options.resume)
     except KeyboardInterrupt:
-        if (out / "settings.json").exists():
+        if (out / "settings.json").exists() or (out / "sweep.json").exists():
             print(f"crcore: interrupted; give the same command with --out {out} --resume to continue", file=sys.stderr)
         raise
     return 0

@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from crcore.cli._axes import Axis, axis, points
 from crcore.cli._errors import CommandError
 from crcore.cli._help import (
     COMPARE,
@@ -14,11 +16,13 @@ from crcore.cli._help import (
     EVALUATE_EXAMPLES,
     EXPORT,
     EXPORT_EXAMPLES,
+    SWEEP,
+    SWEEP_EXAMPLES,
     TRAIN,
     TRAIN_EXAMPLES,
 )
 from crcore.cli._methods import METHODS, parse_methods
-from crcore.cli._settings import BACKENDS, QUANTIZERS, VIEWS, Settings
+from crcore.cli._settings import BACKENDS, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +62,12 @@ def build_parser(version: str) -> Parser:
     _add_network(compare)
     _add_training(compare, several=True)
     _add_run(compare)
+    sweep = _command(commands, "sweep", "compare over a grid of settings", SWEEP, SWEEP_EXAMPLES)
+    _add_grid(sweep)
+    _add_data(sweep)
+    _add_network(sweep)
+    _add_training(sweep, several=True)
+    _add_run(sweep)
     train = _command(commands, "train", "train one method and keep its checkpoint", TRAIN, TRAIN_EXAMPLES)
     _add_data(train)
     _add_network(train)
@@ -80,9 +90,9 @@ def build_parser(version: str) -> Parser:
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
-    """The settings behind the arguments of compare or train."""
+    """The settings behind the arguments of compare or train, or of one point of a sweep."""
     values = vars(arguments)
-    if arguments.command == "compare":
+    if arguments.command != "train":
         if arguments.seeds < 1:
             raise CommandError(f"--seeds must be 1 or more, got {arguments.seeds}; 3 gives a confidence interval")
         values |= {
@@ -95,6 +105,14 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if arguments.float_epochs is None:
         values["float_epochs"] = arguments.epochs
     return Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values})
+
+
+def sweep_settings(parser: Parser, arguments: Sequence[str], axes: Sequence[Axis]) -> list[Settings]:
+    """The settings of each point: those of the command line with the point's own options after it."""
+    found = [settings_from(parser.parse_args([*arguments, *options])) for options in points(axes)]
+    if len(set(found)) < len(found):
+        raise CommandError("--vary gives the same point twice, as 1 and 1.0 do; give each value once")
+    return found
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
@@ -113,6 +131,19 @@ def _command(commands: Any, name: str, summary: str, description: str, epilog: s
     return parser
 
 
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("grid")
+    group.add_argument(
+        "--vary",
+        type=axis,
+        action="append",
+        required=True,
+        metavar="NAME=V,...",
+        help="the values of an option below; several --vary make a grid. bits sets --weight-bits and "
+        "--activation-bits; flip and amp take yes and no",
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="digits", metavar="PATH", help=DATA_HELP)
@@ -122,6 +153,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="keep N labels (stratified, chosen by the seed); the other training images are unlabeled. "
         "Default: 200 for digits, otherwise all",
+    )
+    group.add_argument(
+        "--unlabeled",
+        type=_labels,
+        metavar="N",
+        help="use only N of the unlabeled images, chosen by the seed; default: all",
     )
     group.add_argument("--image-size", type=int, metavar="N", help="scale and crop images to NxN; default: as they are")
     group.add_argument(
@@ -186,7 +223,13 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
         "--consistency-weight", type=float, default=1.0, metavar="X", help="lambda at the end of its ramp"
     )
     group.add_argument(
-        "--ramp", type=float, default=0.3, metavar="X", help="the part of the steps in which lambda rises, as a sigmoid"
+        "--ramp", type=float, default=0.3, metavar="X", help="the part of the steps in which lambda rises"
+    )
+    group.add_argument(
+        "--ramp-shape",
+        choices=RAMP_SHAPES,
+        default="sigmoid",
+        help="how it rises: exp(-5 (1 - t)^2), t, (1 - cos(pi t)) / 2, or not at all",
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of both softmaxes")
     group.add_argument(
@@ -216,7 +259,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue the run in --out to the result it would have had"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast of the networks' forward passes")
+    group.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bfloat16 autocast of the networks' forward passes",
+    )
     group.add_argument(
         "--evaluate-every", type=int, metavar="N", help="epochs between tests; default: about 20 tests in a run"
     )

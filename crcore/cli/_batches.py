@@ -20,6 +20,7 @@ class Batches:
         *,
         seed: int,
         labels: int | None,
+        unlabeled: int | None = None,
         batch_size: int,
         student_view: str,
         teacher_view: str,
@@ -29,6 +30,9 @@ class Batches:
         every = np.arange(len(data.train.labels))
         kept = every if labels is None else stratified(data.train.labels.numpy(), labels, seed=seed, stream="labels")
         rest = np.setdiff1d(every, kept)
+        # A stream of its own, in which fewer images are the first of more.
+        chosen = np.random.default_rng(seed_of(seed, "unlabeled images")).permutation(rest)[:unlabeled]
+        rest = np.sort(chosen)
         self.seed = seed
         self.images = data.train.images.to(device)
         self.labels = data.train.labels.to(device)

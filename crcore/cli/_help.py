@@ -40,6 +40,41 @@ the output folder holds:
                                    float.keras with --backend keras
 """
 
+SWEEP = f"""\
+Compare over a grid of settings: which lambda, which ramp, how many labels, which width.
+
+Each point of the grid is a `crcore compare` with its values, and has the same result to the bit. A run that several
+points have in common is trained once: the float networks, or plain QAT where only lambda varies. All points are
+checked before the first step. All of them are trained with seed 0 first, then with seed 1, and so on.
+
+{METHOD_HELP}
+"""
+
+SWEEP_EXAMPLES = """\
+examples:
+  crcore sweep --vary consistency-weight=0,0.5,1,2,5 --methods qat,qat+ema,qat+cr --out runs/lambda
+      how large should lambda be? qat and qat+ema do not depend on it and are trained once
+  crcore sweep --vary labels=50,100,200,400,all --vary bits=2,4 --methods qat,qat+cr --out runs/labels
+      does the gain grow where labels are few? a panel of the plot for each width
+  crcore sweep --data cifar10/ --labels 4000 --vary ramp-shape=constant,sigmoid \\
+               --vary consistency-weight=0.5,1,2 --methods qat,qat+cr --out runs/ramps
+  crcore sweep --data cifar10/ --labels 4000 --vary ramp-shape=constant,sigmoid \\
+               --vary consistency-weight=0.5,1,2,5 --methods qat,qat+cr --out runs/ramps --resume
+      the same line and --resume continues; values, axes, methods and seeds may be added
+  crcore sweep --labels 50 --vary unlabeled=50,200,all --methods qat,qat+cr+unlabeled --out runs/unlabeled
+      how much do unlabeled images bring?
+
+--float-epochs is by default as --epochs: give it where epochs vary, for one float network.
+
+the output folder holds:
+  sweep.json        settings, axes, versions; for every point and method: accuracy and teacher_accuracy by seed, the
+                    gain over qat and over the average of qat+ema with 95 % confidence intervals, and the folder of
+                    its runs. Written after every run
+  table.md          the same for a reader
+  sweep.png         accuracy against the first axis, a panel for each combination of the others
+  runs/qat+cr-.../  each run once, in a folder for each seed, as `crcore compare` writes it
+"""
+
 TRAIN = f"""\
 Train one method with one seed and keep its checkpoint.
 

@@ -46,15 +46,28 @@ def quantizer_name(recipe: cr.Recipe) -> str:
     return name
 
 
+def _weight(settings: Settings, *, steps: int) -> cr.Schedule:
+    """lambda over the optimizer steps of a run."""
+    peak, rise = settings.consistency_weight, max(round(settings.ramp * steps), 1)
+    match settings.ramp_shape:
+        case "sigmoid":
+            return cr.sigmoid_ramp(peak, steps=rise)
+        case "linear":
+            return cr.linear_ramp(peak, steps=rise)
+        case "cosine":
+            return cr.cosine_ramp(peak, steps=rise)
+        case _:
+            return cr.constant(peak)
+
+
 def build_recipe(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:
     """The recipe of one QAT method that trains for `steps` optimizer steps."""
     decay = default_decay(steps) if settings.ema_decay is None else settings.ema_decay
     consistency = None
     if method.consistency:
-        ramp = max(round(settings.ramp * steps), 1)
         consistency = cr.Consistency(
             cr.kl_divergence,
-            weight=cr.sigmoid_ramp(settings.consistency_weight, steps=ramp),
+            weight=_weight(settings, steps=steps),
             temperature=settings.temperature,
             threshold=settings.threshold,
         )

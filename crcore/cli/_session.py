@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from crcore.cli._recipes import build_recipe
 from crcore.cli._settings import Settings, check_same_settings
 
 BEFORE_BACKENDS = {"backend": "torch", "engine": "torch"}  # what settings.json left out then
+BEFORE_SWEEPS = {"ramp_shape": "sigmoid"}
 DIGITS_LABELS = 200  # of 1,198 training images: few enough that methods differ
 
 
@@ -41,6 +43,7 @@ class Session:
             self.data,
             seed=seed,
             labels=s.labels,
+            unlabeled=s.unlabeled,
             batch_size=s.batch_size,
             student_view=s.student_view,
             teacher_view=s.teacher_view,
@@ -83,20 +86,31 @@ def open_session(settings: Settings, *, out: Path, resume: bool) -> Session:
     """Check everything, then create the output folder, or find that it can be continued."""
     backend = open_backend(settings.backend, device=settings.device)
     data = load_data(settings.data, image_size=settings.image_size)
-    settings = _decide(settings, data, backend)
-    session = Session(settings, data, backend, out, versions(backend))
-    _check_network(session)
+    session = decided_session(settings, data, backend, out=out)
+    check_network(session, [METHODS[name] for name in session.settings.methods])
+    settings = session.settings
     stored = {"settings": settings.to_dict(), "fingerprint": data.fingerprint}
-    file = out / "settings.json"
+    if check_folder(out, resume=resume):
+        _check_resume(out, stored, unlabeled=len(data.train.labels) - (settings.labels or 0))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "settings.json", json.dumps(stored, indent=2) + "\n")
+    return session
+
+
+def decided_session(settings: Settings, data: ImageData, backend: Backend, *, out: Path) -> Session:
+    """A session in which what was left to the data is decided. Nothing is written yet."""
+    return Session(_decide(settings, data, backend), data, backend, out, versions(backend))
+
+
+def check_folder(out: Path, *, resume: bool) -> bool:
+    """Whether there is something in the output folder to continue; an error where there is, and nobody asked to."""
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {out} is a file; give a folder")
-    if resume:
-        _check_resume(out, stored)
-    elif out.exists() and any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
+        return False  # with --resume: killed before its first file, or never started
+    if not resume:
         raise CommandError(f"--out {out} is not empty; continue that run with --resume, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(stored, indent=2) + "\n")
-    return session
+    return True
 
 
 def versions(backend: Backend) -> dict[str, str]:
@@ -122,6 +136,12 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
         raise CommandError(
             f"--labels {labels}: must be between {classes} (one for each class) and {images} (all training images)"
         )
+    unlabeled = settings.unlabeled or images - labels
+    if unlabeled > images - labels:
+        raise CommandError(
+            f"--unlabeled {unlabeled}: {labels} of {images} training images are labeled, which leaves "
+            f"{images - labels}; give at most that, or fewer --labels"
+        )
     methods = settings.methods or tuple(m.name for m in METHODS.values() if labels < images or not m.unlabeled)
     for name in methods:
         if METHODS[name].unlabeled and labels == images:
@@ -132,6 +152,7 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
     return replace(
         settings,
         labels=labels,
+        unlabeled=unlabeled,
         methods=methods,
         flip=data.name != DIGITS if settings.flip is None else settings.flip,
         engine=backend.engine,
@@ -141,14 +162,14 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
     )
 
 
-def _check_network(session: Session) -> None:
+def check_network(session: Session, methods: Sequence[Method]) -> None:
     """Build what will be trained once, so that a failure comes before the first epoch."""
     network = session.network(session.settings.seeds[0])
-    for method in (METHODS[name] for name in session.settings.methods):
+    for method in methods:
         if method.quantized:
             session.backend.prepare(network, recipe_of(session.settings, method, steps=1))
     if session.settings.init is not None:
-        load_init(session, network, METHODS[session.settings.methods[0]], steps=1, seed=session.settings.seeds[0])
+        load_init(session, network, methods[0], steps=1, seed=session.settings.seeds[0])
 
 
 def recipe_of(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:
@@ -209,16 +230,18 @@ def check_same_quantization(stored: cr.Recipe, asked: cr.Recipe, *, what: str) -
         )
 
 
-def _check_resume(out: Path, asked: dict[str, Any]) -> None:
+def _check_resume(out: Path, asked: dict[str, Any], *, unlabeled: int) -> None:
+    """`unlabeled` is how many images have no label; earlier versions used all of them."""
     file = out / "settings.json"
-    if not out.exists() or not any(out.iterdir()):
-        return  # killed before its first file, or never started: begin
     if not file.is_file():
         raise CommandError(f"--resume: {out} holds no run of crcore (no settings.json); give another --out")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         check_same_settings(
-            BEFORE_BACKENDS | {k: v for k, v in stored["settings"].items() if k != "data"},
+            BEFORE_BACKENDS
+            | BEFORE_SWEEPS
+            | {"unlabeled": unlabeled}
+            | {k: v for k, v in stored["settings"].items() if k != "data"},
             {k: v for k, v in asked["settings"].items() if k != "data"},
             folder=str(out),
         )

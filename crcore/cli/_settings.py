@@ -10,6 +10,7 @@ from crcore.cli._errors import CommandError
 QUANTIZERS = ("lsq", "lsq+", "pact", "dorefa", "minmax")
 VIEWS = ("weak", "strong", "none")
 BACKENDS = ("torch", "keras")
+RAMP_SHAPES = ("sigmoid", "linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Settings:
     amp: bool
     backend: str = "torch"
     engine: str | None = None  # what the backend computes with; of Keras, the environment decides
+    # Newer than the first results: a default is what was done before.
+    ramp_shape: str = "sigmoid"
+    unlabeled: int | None = None  # 0: all
 
     def __post_init__(self) -> None:
         if self.backend == "keras":
