@@ -1,4 +1,4 @@
-"""The `crcore` command: compare, train, evaluate and export.
+"""The `crcore` command: compare, train, evaluate, export and report.
 
 Importing this package is cheap; torch and the rest of the extra `crcore[cli]` load when a command runs.
 """
@@ -65,6 +65,11 @@ def _run(arguments: Sequence[str] | None) -> int:
             samples=options.samples,
             as_json=options.json,
         )
+        return 0
+    if options.command == "report":
+        from crcore.cli._report_page import report
+
+        report(options.run, out=options.out, seed=options.seed, data_name=options.data)
         return 0
     settings = settings_from(options)
     out = output_folder(options)
