@@ -11,7 +11,7 @@ from crcore.cli._figures.style import Panel, colour, inline_svg
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing and what is written below it."""
+    """A drawing and what is written above it."""
 
     svg: Markup
     caption: str
@@ -53,9 +53,9 @@ class Section:
     networks: list[Network] = field(default_factory=list)
 
 
-def drawn(panel: Panel) -> Figure:
-    """A panel as a figure of the page, under its title."""
-    return Figure(Markup(inline_svg(panel)), panel.title)  # its text is escaped by the drawing library
+def drawn(panel: Panel, caption: str | None = None) -> Figure:
+    """A panel as a figure of the page, under its title or a caption of its own."""
+    return Figure(Markup(inline_svg(panel)), caption or panel.title)  # its text is escaped by the drawing library
 
 
 def render(title: str, sections: list[Section], *, unfinished: str | None) -> str:

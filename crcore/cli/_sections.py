@@ -94,10 +94,11 @@ def layers(results: Results, *, seed: int, data_name: str | None) -> Section:
     return Section(
         "layers",
         f"Layer by layer, seed {seed}",
-        "The ratio of a tensor's energy to that of its rounding error, in decibel: 6 dB are one bit. Histograms show "
-        "the share of the values (logarithmic) in units of codes, with the grid drawn in: a line for each level, or its "
-        "two ends where there are many. What lies beyond the ends is clipped, and counted in the outermost bins. Inputs "
-        f"are those of up to {SAMPLES} test images.",
+        "The signal-to-quantization-noise ratio (SQNR) is the energy of a tensor by that of its rounding error, in "
+        "decibel; one bit more gives about 6 dB. Histograms show the share of the values (logarithmic) by their place "
+        "on the grid, in codes, with a line for each level, or for its two ends where there are many. What lies beyond "
+        "the ends is clipped, and counted in the outermost bins; after a ReLU the lowest code is zero. Inputs are those "
+        f"of up to {SAMPLES} test images.",
         notes=[
             *problems,
             *(["Weights of DoReFa pass a tanh before they are rounded: their codes are shown, and no ratio."]
@@ -240,7 +241,7 @@ def _network(network: NetworkLayers, seed: int) -> Network:
         (
             layer,
             [
-                drawn(histogram_panel(found, f"{place} of {layer}, {network.method}", network.method))
+                drawn(histogram_panel(found, f"{place} of {layer}, {network.method}", network.method), place)
                 for place, found in places.items()
             ],
         )

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from crcore.cli._figures.style import Panel, colour, label
+from crcore.cli._figures.style import Panel, colour, label, log_axis
 
 Measured = dict[str, Any]
 
@@ -24,17 +25,18 @@ def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
         for file, style in zip(measured, _styles(measured), strict=True):
             axes.plot(range(1, len(file["eigenvalues"]) + 1), file["eigenvalues"], marker=".", **style)
         axes.set(xlabel="rank", ylabel="eigenvalue")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid()
 
     def density(axes: Axes) -> None:
         for file, style in zip(measured, _styles(measured), strict=True):
             axes.plot(file["density"]["values"], file["density"]["density"], **style)
-        axes.set(xlabel="eigenvalue", ylabel="density", yscale="log")
+        axes.set(xlabel="eigenvalue", ylabel="density")
+        log_axis(axes)
         # What a smoothed density falls to between its peaks is nothing that was measured.
         highest = max((max(file["density"]["density"]) for file in measured), default=1.0)
         axes.set_ylim(highest * 1e-6, highest * 2)
-        axes.grid(alpha=0.3)
+        axes.grid()
 
     panels = [Panel("Largest eigenvalues of the Hessian", eigenvalues)]
     if all(file["density"]["values"] for file in measured):
@@ -63,7 +65,7 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
                     curve["levels"], values["low"], values["high"], color=style["color"], alpha=0.12, linewidth=0
                 )
             axes.set(xlabel=f"{name} ({curves[name][0][1]['unit']})", ylabel=unit)
-            axes.grid(alpha=0.3)
+            axes.grid()
 
         return draw
 
@@ -71,7 +73,7 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
         for file, style in zip(measured, styles, strict=True):
             axes.plot(file["sharpness"]["radius"], file["sharpness"]["increase"], marker=".", **style)
         axes.set(xlabel="radius around the weights", ylabel="highest increase of the loss")
-        axes.grid(alpha=0.3)
+        axes.grid()
 
     panels = [
         Panel(f"{what} under {name}", disturbed(name, quantity, unit))

@@ -13,6 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from crcore.cli._files import put_in_place
 
@@ -29,7 +30,10 @@ COLOURS = {
 OTHER = "#CC79A7"  # a method that is not listed
 INK = "#3b3b3b"  # of text and axes; becomes the page's own text colour there
 
-_PNG: dict[str, Any] = {"text.parse_math": False}  # names of data and layers may hold a $
+_PNG: dict[str, Any] = {
+    "text.parse_math": False,  # names of data and layers may hold a $
+    "grid.alpha": 0.3,
+}
 _SVG = _PNG | {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "crcore",  # the same figure gives the same bytes
@@ -37,6 +41,8 @@ _SVG = _PNG | {
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
 
@@ -63,25 +69,39 @@ def label(method: str, *, average: bool) -> str:
 def inline_svg(panel: Panel) -> str:
     """A panel as an `<svg>` element: no reference to the outside, text in the page's font and colour."""
     with matplotlib.rc_context(_SVG):
-        figure = Figure(figsize=panel.size, layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
+        figure = Figure(figsize=panel.size, layout="constrained")
+        axes = figure.add_subplot()
         panel.draw(axes)
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.S)
+        figure.savefig(buffer, format="svg")
+    return _shortened(buffer.getvalue(), panel.title)
+
+
+def _shortened(svg: str, title: str) -> str:
+    """A file of matplotlib's as a part of a page."""
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
-    name = html.escape(panel.title)
-    svg = f'<svg {box[0]} role="img" aria-label="{name}">{svg[svg.index(">") + 1 :]}'
+    svg = svg[svg.index(">", box.end()) + 1 :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
+    svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><").replace("<defs></defs>", "")
+    svg = f'<svg {box[0]} role="img" aria-label="{html.escape(title)}">{svg}'
     # Names of groups are the same in every figure, and those of clips and markers would be: a page needs them unique.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     own = hashlib.blake2b(svg.encode(), digest_size=4).hexdigest()
-    svg = re.sub(r'(id="|url\(#|href="#)([a-zA-Z]\w{6,})', rf"\g<1>{own}\g<2>", svg)
-    svg = re.sub(r"font: ([^;\"]*?px) [^;\"]*", r"font: \1 var(--font)", svg)
-    svg = svg.replace(INK, "currentColor")
-    return re.sub(r'( d| transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg).strip()
+    svg = re.sub(r'(\bid="|url\(#|href="#)(\w+)', rf"\g<1>f{own}\g<2>", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) '[^;\"]*", r"\1 var(--font)", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg).replace(INK, "currentColor")
+    return re.sub(r' (d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), svg).strip()
+
+
+def log_axis(axes: Axes) -> None:
+    """A logarithmic ordinate whose labels are plain numbers, also where it spans less than a decade."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def write_png(path: Path, panels: Sequence[Panel], title: str) -> None:

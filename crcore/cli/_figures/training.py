@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from crcore.cli._figures.style import INK, Panel, colour, label
+from crcore.cli._figures.style import INK, Panel, colour, label, log_axis
 from crcore.cli._report import Gain, Row
 
 Record = dict[str, Any]
@@ -33,7 +34,8 @@ def draw_accuracy(axes: Axes, records: Sequence[Record]) -> None:
     margin = max(0.1 * (max(shown) - min(shown)), 0.5)
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set(xlabel="epoch", ylabel="test accuracy in %")
-    axes.grid(alpha=0.3)
+    _whole_numbers(axes)
+    axes.grid()
 
 
 def history_panels(records: Sequence[Record]) -> list[Panel]:
@@ -41,26 +43,32 @@ def history_panels(records: Sequence[Record]) -> list[Panel]:
 
     def loss(column: str) -> Any:
         def draw(axes: Axes) -> None:
-            for method, runs in by_method(records).items():
+            for method, runs in trained.items():
                 found = _curve(runs, "epoch", column)
                 if found is not None and found[1].any():
                     _line(axes, *found, method)
-            axes.set(xlabel="epoch", ylabel="mean over the epoch", yscale="log")
-            axes.grid(alpha=0.3)
+            axes.set(xlabel="epoch", ylabel="mean over the epoch")
+            log_axis(axes)
+            _whole_numbers(axes)
+            axes.grid()
 
         return draw
 
     def schedule(column: str, what: str) -> Any:
         def draw(axes: Axes) -> None:
-            for method, runs in by_method(records).items():
+            width = 1.2 + len(methods)
+            for method, runs in methods.items():
+                width -= 1  # lines that lie on each other stay visible
                 found = _curve(runs[:1], "step", column)  # the same for every seed
                 if found is not None:
-                    axes.plot(found[0], found[1][0], color=colour(method), label=method)
+                    axes.plot(found[0], found[1][0], color=colour(method), label=method, linewidth=width)
             axes.set(xlabel="optimizer step", ylabel=what)
-            axes.grid(alpha=0.3)
+            axes.grid()
 
         return draw
 
+    methods = by_method(records)
+    trained = {name: runs for name, runs in methods.items() if not (name == "qat+ema" and "qat" in methods)}
     panels = [Panel("Test accuracy by epoch", lambda axes: draw_accuracy(axes, records))]
     for column, name in (("task", "Task loss"), ("consistency", "Consistency term, lambda included")):
         if any(entry[column] for record in records for entry in record["history"]):
@@ -98,9 +106,13 @@ def gains_panel(rows: Sequence[Row]) -> Panel | None:
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_yticks(range(len(gains)), [name for name, *_ in gains])
         axes.set(xlabel="difference to qat in points of accuracy", ylim=(len(gains) - 0.4, -0.6))
-        axes.grid(alpha=0.3, axis="x")
+        axes.grid(axis="x")
 
-    return Panel("Gain over qat, with the 95 % confidence interval", draw, (6.4, 0.9 + 0.34 * len(gains)))
+    return Panel("Gain over qat, with the 95 % confidence interval", draw, (4.8, 0.8 + 0.3 * len(gains)))
+
+
+def _whole_numbers(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
