@@ -1,8 +1,9 @@
-"""The `crcore` command: compare, sweep, train, evaluate and export.
+"""The `crcore` command: train and compare networks, look at them, ship them.
 
 Importing this package is cheap; torch and the rest of the extra `crcore[cli]` load when a command runs.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -37,35 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser, arguments = build_parser(version("crcore")), sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
-    if options.command == "evaluate":
-        from crcore.cli._commands import evaluate
-
-        evaluate(
-            options.checkpoint,
-            data_name=options.data,
-            device_name=options.device,
-            expected={
-                name: getattr(options, name) for name in ("model", "quantizer", "weight_bits", "activation_bits")
-            },
-            as_json=options.json,
-        )
-        return 0
-    if options.command == "export":
-        from crcore.cli._export import export
-
-        export(
-            options.run,
-            to=options.to,
-            out=options.out,
-            role=options.role,
-            opset=options.opset,
-            integer_only=options.integer_only,
-            minimum_agreement=options.minimum_agreement,
-            verify=options.verify,
-            data_name=options.data,
-            samples=options.samples,
-            as_json=options.json,
-        )
+    if options.command in _ON_FILES:
+        _ON_FILES[options.command](options)
         return 0
     out = output_folder(options)
     try:
@@ -85,6 +59,46 @@ def _run(arguments: Sequence[str] | None) -> int:
             print(f"crcore: interrupted; give the same command with --out {out} --resume to continue", file=sys.stderr)
         raise
     return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from crcore.cli._commands import evaluate
+
+    evaluate(
+        options.checkpoint,
+        data_name=options.data,
+        device_name=options.device,
+        expected={name: getattr(options, name) for name in ("model", "quantizer", "weight_bits", "activation_bits")},
+        as_json=options.json,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from crcore.cli._export import export
+
+    export(
+        options.run,
+        to=options.to,
+        out=options.out,
+        role=options.role,
+        opset=options.opset,
+        integer_only=options.integer_only,
+        minimum_agreement=options.minimum_agreement,
+        verify=options.verify,
+        data_name=options.data,
+        samples=options.samples,
+        as_json=options.json,
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from crcore.cli._report_page import report
+
+    report(options.run, out=options.out, seed=options.seed, data_name=options.data)
+
+
+# Commands on what was trained before, which have neither settings nor a folder to continue.
+_ON_FILES = {"evaluate": _evaluate, "export": _export, "report": _report}
 
 
 def _fail(message: str) -> int:

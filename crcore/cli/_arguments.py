@@ -16,6 +16,8 @@ from crcore.cli._help import (
     EVALUATE_EXAMPLES,
     EXPORT,
     EXPORT_EXAMPLES,
+    REPORT,
+    REPORT_EXAMPLES,
     SWEEP,
     SWEEP_EXAMPLES,
     TRAIN,
@@ -86,6 +88,8 @@ def build_parser(version: str) -> Parser:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     export = _command(commands, "export", "write a trained network for a runtime", EXPORT, EXPORT_EXAMPLES)
     _add_export(export)
+    report = _command(commands, "report", "write a page that shows all about a run", REPORT, REPORT_EXAMPLES)
+    _add_report(report)
     return parser
 
 
@@ -315,6 +319,15 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="percent of the images on which the file must name the class that the trained network names",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the --out folder of crcore compare or crcore train")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in RUN")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="whose networks are shown layer by layer; default: the run's first"
+    )
+    parser.add_argument("--data", metavar="PATH", help="as in crcore compare; default: what RUN was trained on")
 
 
 def _labels(text: str) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from crcore.cli._methods import Method
     from crcore.cli._network_info import NetworkInfo
     from crcore.cli._progress import Progress
+    from crcore.cli._quantizer_statistics import Visit
     from crcore.deploy import Verification
 
 ENGINES = ("tensorflow", "jax", "torch")  # of Keras, those that can train
@@ -92,6 +93,13 @@ class Backend(Protocol):
 
     def evaluation(self, test: "Images", *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
         """The test images, ready for the networks of this backend."""
+        ...
+
+    def visit_quantizers(self, network: Network, images: "torch.Tensor", visit: "Visit") -> None:
+        """Run a quantized network once, in inference mode, and hand each of its quantizers' tensors to `visit`.
+
+        `images` are normalised views ``[N, C, H, W]``. Quantizers come in the order in which they run, each once.
+        """
         ...
 
     def save_network(self, path: Path, network: Network, info: "NetworkInfo") -> None:

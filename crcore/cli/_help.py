@@ -134,3 +134,30 @@ what --verify prints (--json has the same numbers):
   layers as trained    whose integers, and whose input's scale and zero point, are the trained ones
   size, latency        beside the same network in float, in the same runtime, one image on one thread
 """
+
+REPORT = """\
+Write one HTML page about a run: the verdict, the table, training curves, and each layer's weights and inputs on their
+grids. The page needs no other file and no network: open it in any browser, send it, print it.
+
+RUN is the folder that crcore compare or crcore train wrote, finished or not. Networks are shown on test images; where
+a checkpoint or the data are gone, the page says so and shows the rest. Where crcore flatness or crcore sensitivity
+measured a network of RUN, the page shows that too.
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  crcore report runs/x
+      writes runs/x/report.html
+  crcore report runs/x --out x.html --seed 2
+      shows the networks of seed 2 layer by layer
+  crcore report runs/x --data /mnt/cifar10
+      the images have moved since
+
+the page holds:
+  what was run        settings, versions, the command that repeats it, and what the confidence intervals allow to say
+  table and gains     as table.md, and each gain over qat with its interval
+  training            accuracy, losses, lambda, the average's decay
+  layer by layer      signal-to-quantization-noise ratio in dB, histograms with the grid, the codes in use
+  curvature           what crcore flatness measured
+  sensitivity         what crcore sensitivity measured
+"""
