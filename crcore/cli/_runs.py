@@ -132,7 +132,9 @@ class SeedRuns:
         return self._floats[place.folder]
 
     def _save(self, folder: Path, role: str, network: Network, recipe: cr.Recipe | None) -> None:
-        self.backend.save_network(folder / f"{role}{self.backend.suffix}", network, self.session.info(role, recipe))
+        self.backend.save_network(
+            folder / f"{role}{self.backend.suffix}", network, self.session.info(role, recipe, seed=self.seed)
+        )
 
     def _common(self, folder: Path) -> dict[str, Any]:
         settings = self.session.settings

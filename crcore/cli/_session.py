@@ -65,7 +65,7 @@ class Session:
             seed=seed,
         )
 
-    def info(self, role: str, recipe: cr.Recipe | None) -> NetworkInfo:
+    def info(self, role: str, recipe: cr.Recipe | None, *, seed: int) -> NetworkInfo:
         """What is stored with a network."""
         return NetworkInfo(
             role=role,
@@ -79,6 +79,8 @@ class Session:
             std=self.data.std,
             data=self.settings.data,
             versions=self.versions,
+            labels=self.settings.labels,
+            seed=seed,
         )
 
 
