@@ -97,8 +97,29 @@ def _report(options: argparse.Namespace) -> None:
     report(options.run, out=options.out, seed=options.seed, data_name=options.data)
 
 
+def _measure(options: argparse.Namespace) -> None:
+    from crcore.cli._measure import Flatness, Sensitivity, Where, check_counts
+    from crcore.cli._measure_command import measure
+
+    instrument: Flatness | Sensitivity
+    if options.command == "flatness":
+        check_counts(top=options.top, probes=options.probes, samples=options.samples)
+        instrument = Flatness(options.top, options.probes, options.density)
+    else:
+        check_counts(draws=options.draws, radii=tuple(options.radii), samples=options.samples)
+        instrument = Sensitivity(options.draws, tuple(options.radii))
+    where = Where(options.samples, options.split, options.seed, options.data, options.device)
+    measure(options.checkpoints, instrument, where, out=options.out, as_json=options.json)
+
+
 # Commands on what was trained before, which have neither settings nor a folder to continue.
-_ON_FILES = {"evaluate": _evaluate, "export": _export, "report": _report}
+_ON_FILES = {
+    "evaluate": _evaluate,
+    "export": _export,
+    "flatness": _measure,
+    "report": _report,
+    "sensitivity": _measure,
+}
 
 
 def _fail(message: str) -> int:

@@ -16,8 +16,12 @@ from crcore.cli._help import (
     EVALUATE_EXAMPLES,
     EXPORT,
     EXPORT_EXAMPLES,
+    FLATNESS,
+    FLATNESS_EXAMPLES,
     REPORT,
     REPORT_EXAMPLES,
+    SENSITIVITY,
+    SENSITIVITY_EXAMPLES,
     SWEEP,
     SWEEP_EXAMPLES,
     TRAIN,
@@ -90,6 +94,14 @@ def build_parser(version: str) -> Parser:
     _add_export(export)
     report = _command(commands, "report", "write a page that shows all about a run", REPORT, REPORT_EXAMPLES)
     _add_report(report)
+    flatness = _command(
+        commands, "flatness", "measure the curvature of the loss at checkpoints", FLATNESS, FLATNESS_EXAMPLES
+    )
+    _add_flatness(flatness)
+    sensitivity = _command(
+        commands, "sensitivity", "measure how checkpoints bear noise", SENSITIVITY, SENSITIVITY_EXAMPLES
+    )
+    _add_sensitivity(sensitivity)
     return parser
 
 
@@ -318,6 +330,53 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="percent of the images on which the file must name the class that the trained network names",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_flatness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--top", type=int, default=50, metavar="N", help="how many eigenvalues, largest first")
+    parser.add_argument("--probes", type=int, default=50, metavar="N", help="random vectors for the trace")
+    parser.add_argument(
+        "--density",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the density of all eigenvalues, which takes as long as the largest; default: yes",
+    )
+    _add_measurement(parser, samples=256, split="train")
+
+
+def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--draws", type=int, default=5, metavar="N", help="independent draws of each noise, 2 or more")
+    parser.add_argument(
+        "--radii",
+        type=float,
+        nargs="+",
+        default=(0.005, 0.01, 0.02),
+        metavar="X",
+        help="of sharpness, relative to the norm of all weights; default: 0.005 0.01 0.02",
+    )
+    _add_measurement(parser, samples=1000, split="test")
+
+
+def _add_measurement(parser: argparse.ArgumentParser, *, samples: int, split: str) -> None:
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a checkpoint, or a folder: all that it holds"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=samples, metavar="N", help="images that the loss is averaged over"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "test"),
+        default=split,
+        help="which images; of the training images those that were labeled. They are not augmented",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random vectors and of noise")
+    parser.add_argument(
+        "--data", metavar="PATH", help="as in crcore compare; default: what the checkpoint was trained on"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the figure; default: in the folder of them all")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

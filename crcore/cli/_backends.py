@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from crcore.cli._progress import Progress
     from crcore.cli._quantizer_statistics import Visit
     from crcore.deploy import Verification
+    from crcore.flatness import LossLandscape
 
 ENGINES = ("tensorflow", "jax", "torch")  # of Keras, those that can train
 Network = Any  # a torch.nn.Module or a keras.Model
@@ -47,6 +48,7 @@ class Backend(Protocol):
     engine: str  # what computes: "torch", or the engine of Keras
     suffix: str  # of checkpoints
     progress_name: str  # of the file that an unfinished run continues from
+    channel_axis: int  # of a batch of images
 
     @property
     def device(self) -> "torch.device":
@@ -93,6 +95,10 @@ class Backend(Protocol):
 
     def evaluation(self, test: "Images", *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
         """The test images, ready for the networks of this backend."""
+        ...
+
+    def landscape(self, network: Network, images: "torch.Tensor", labels: "torch.Tensor") -> "LossLandscape":
+        """The network's mean cross entropy over normalised views ``[N, C, H, W]``, as a function of its weights."""
         ...
 
     def visit_quantizers(self, network: Network, images: "torch.Tensor", visit: "Visit") -> None:

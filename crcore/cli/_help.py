@@ -161,3 +161,37 @@ the page holds:
   curvature           what crcore flatness measured
   sensitivity         what crcore sensitivity measured
 """
+
+FLATNESS = """\
+Measure how flat the loss is around trained weights: the largest eigenvalues of the Hessian, its trace, and the density
+of all eigenvalues. Small ones stand for a flat minimum. Of a quantized network it is the Hessian of the
+straight-through surrogate that training follows (docs/flatness.md); batch normalization is as in tests.
+
+The result is written beside each checkpoint as student-flatness.json and so on, where crcore report finds it. What
+was measured with the same settings is not measured again.
+"""
+
+FLATNESS_EXAMPLES = """\
+examples:
+  crcore flatness runs/x/seed0/fp32 runs/x/seed0/qat runs/x/seed0/qat+cr
+      every network in these folders, side by side, and runs/x/seed0/flatness.png
+  crcore flatness runs/x/seed0/qat+cr/teacher.safetensors --top 10 --samples 1000 --split test
+      the ten largest eigenvalues, on test images
+"""
+
+SENSITIVITY = """\
+Measure how much loss and accuracy suffer: under noise on the inputs, under common corruptions of growing severity
+(from CIFAR-10-C), under noise on the weights relative to the norm of each filter; and how far the loss can grow
+within a radius around the weights (sharpness). Bands are 95 % confidence intervals over draws of the noise.
+
+The result is written beside each checkpoint as student-sensitivity.json and so on, where crcore report finds it. What
+was measured with the same settings is not measured again.
+"""
+
+SENSITIVITY_EXAMPLES = """\
+examples:
+  crcore sensitivity runs/x/seed0/fp32 runs/x/seed0/qat runs/x/seed0/qat+cr
+      every network in these folders, side by side, and runs/x/seed0/sensitivity.png
+  crcore sensitivity runs/x/seed0/qat+cr/student.safetensors --samples 5000 --draws 10
+      more images and a narrower band
+"""

@@ -24,6 +24,7 @@ from crcore.cli._random import seed_of
 
 if TYPE_CHECKING:
     from crcore.deploy import Verification
+    from crcore.flatness import LossLandscape
 
 
 class KerasBackend:
@@ -32,6 +33,7 @@ class KerasBackend:
     name = "keras"
     suffix = ".keras"
     progress_name = "progress.npz"
+    channel_axis = -1
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -58,6 +60,10 @@ class KerasBackend:
     def evaluation(self, test: Images, *, mean: Sequence[float], std: Sequence[float]) -> KerasEvaluation:
         """The test images as arrays."""
         return KerasEvaluation(test, mean=mean, std=std)
+
+    def landscape(self, network: Any, images: torch.Tensor, labels: torch.Tensor) -> "LossLandscape":
+        """`crcore_keras.Landscape`."""
+        return crk.Landscape(network, channels_last(images), labels.numpy())
 
     def visit_quantizers(self, network: Any, images: torch.Tensor, visit: Visit) -> None:
         """Through the quantizers' own calls, which are theirs again afterwards; Keras has no hooks. Runs eagerly."""

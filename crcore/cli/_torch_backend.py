@@ -22,6 +22,7 @@ from crcore.cli._random import seed_of
 
 if TYPE_CHECKING:
     from crcore.deploy import Verification
+    from crcore.flatness import LossLandscape
 
 
 class TorchBackend:
@@ -30,6 +31,7 @@ class TorchBackend:
     name = engine = "torch"
     suffix = ".safetensors"
     progress_name = "progress.safetensors"
+    channel_axis = 1
 
     def __init__(self, device: str) -> None:
         self.device = choose_device(device)
@@ -61,6 +63,10 @@ class TorchBackend:
     def evaluation(self, test: Images, *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
         """The test images, on the device."""
         return Evaluation(test, mean=mean, std=std, device=self.device)
+
+    def landscape(self, network: nn.Module, images: Tensor, labels: Tensor) -> "LossLandscape":
+        """`crcore_torch.Landscape`."""
+        return crt.Landscape(network, images, labels)
 
     @torch.no_grad()
     def visit_quantizers(self, network: nn.Module, images: Tensor, visit: Visit) -> None:
