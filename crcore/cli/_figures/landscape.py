@@ -32,10 +32,10 @@ def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
         for file, style in zip(measured, _styles(measured), strict=True):
             axes.plot(file["density"]["values"], file["density"]["density"], **style)
         axes.set(xlabel="eigenvalue", ylabel="density")
-        log_axis(axes)
         # What a smoothed density falls to between its peaks is nothing that was measured.
         highest = max((max(file["density"]["density"]) for file in measured), default=1.0)
         axes.set_ylim(highest * 1e-6, highest * 2)
+        log_axis(axes)
         axes.grid()
 
     panels = [Panel("Largest eigenvalues of the Hessian", eigenvalues)]

@@ -97,9 +97,10 @@ def _shortened(svg: str, title: str) -> str:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic ordinate whose labels are plain numbers, also where it spans less than a decade."""
+    """A logarithmic ordinate whose labels are plain numbers; call it when all is drawn."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 100 * lowest else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
