@@ -1,6 +1,7 @@
 """The chapters of the page of `crcore report`, each from the results of a run."""
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def _measured(
     if not found:
         example = next(iter(sorted(results.folder.glob("seed*/*/student.*"))), results.folder / "seed0/qat/student")
         section.notes.append("Not measured. This measures one network; make the page again afterwards:")
-        section.commands.append(f"crcore {kind} {example}")
+        section.commands.append(shlex.join(["crcore", kind, str(example)]))
         return section
     files = [file for file, _ in found]
     section.methods = list(dict.fromkeys(file["method"] or "fp32" for file in files))

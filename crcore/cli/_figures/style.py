@@ -54,6 +54,7 @@ class Panel:
     title: str  # plain text; also the text alternative
     draw: Callable[[Axes], None]
     size: tuple[float, float] = (4.6, 3.0)  # inches, on a page
+    edges: tuple[float, float, float, float] | None = None  # left, bottom, right, top in [0, 1]; None: as text needs
 
 
 def colour(method: str) -> str:
@@ -69,8 +70,12 @@ def label(method: str, *, average: bool) -> str:
 def inline_svg(panel: Panel) -> str:
     """A panel as an `<svg>` element: no reference to the outside, text in the page's font and colour."""
     with matplotlib.rc_context(_SVG):
-        figure = Figure(figsize=panel.size, layout="constrained")
+        # Finding out what the text needs takes longer than drawing it.
+        figure = Figure(figsize=panel.size, layout="constrained" if panel.edges is None else "none")
         axes = figure.add_subplot()
+        if panel.edges is not None:
+            left, bottom, right, top = panel.edges
+            figure.subplots_adjust(left, bottom, right, top)
         panel.draw(axes)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
