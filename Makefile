@@ -26,12 +26,12 @@ ENGINE_OPTIONS = TF_CPP_MIN_LOG_LEVEL=2 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VE
 .PHONY: help demo test lint bench browser clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-cli  ## install, train the digits in float, QAT and QAT + consistency, print the table
 	$(OFFLINE) $(VENV)/bin/python -m crcore.cli compare $(ARGS)
 
-test: $(VENV)/.installed-dev browser  ## install, run all tests, those of Keras on each engine
+test: browser  ## install, run all tests, those of Keras on each engine
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory --jobs 2 $(ENGINES:%=test-on-%) test-on-core
 else
@@ -44,13 +44,16 @@ test-on-%:
 	@log=$(VENV)/$@.log; status=0; $(OFFLINE) $(ENGINE_OPTIONS) OMP_NUM_THREADS=1 KERAS_BACKEND=$(if $(filter core,$*),$(ENGINE),$*) \
 	  $(VENV)/bin/python -m pytest $(if $(filter core,$*),,$(KERAS_TESTS)) > $$log 2>&1 || status=$$?; cat $$log; exit $$status
 
-# Without a browser the tests go on, and those that need one fail.
-browser:  ## install Chromium for the tests, where there is no browser of its kind; as root on Debian and Ubuntu
+# Debian has a package, Ubuntu has none that runs without snap. Without a browser the tests go on, and those that need one fail.
+browser: $(VENV)/.installed-dev  ## install a browser for the tests where there is none (as root, on Debian and Ubuntu)
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium && exit 0; fi; \
-	  echo "make: no browser for the tests of crcore report, and none could be installed; install one of: $(BROWSERS)" \
-	    "(on Debian, as root: apt-get install chromium; on Ubuntu: https://www.google.com/chrome)" >&2
+	    apt-get -qq update; \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium && exit 0; \
+	    $(VENV)/bin/python -m playwright install --with-deps chromium && exit 0; \
+	  fi; \
+	  echo "make: no browser for the tests of crcore report; install one of $(BROWSERS)," \
+	    "as by: sudo apt-get install chromium" >&2
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/python -m ruff check .

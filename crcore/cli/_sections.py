@@ -19,6 +19,8 @@ from crcore.cli._report import HEADER, cells, notes, rows, spread, time_spent
 from crcore.cli._results import Results
 from crcore.cli._verdict import command_line, verdict
 
+_SQUASHED = ("Weights of DoReFa pass a tanh before they are rounded: their codes are shown, and no ratio.",)
+
 
 def overview(results: Results) -> Section:
     """What was run, how to run it again, and what came out."""
@@ -98,17 +100,16 @@ def layers(results: Results, *, seed: int, data_name: str | None) -> Section:
         "The signal-to-quantization-noise ratio (SQNR) is the energy of a tensor by that of its rounding error, in "
         "decibel; one bit more gives about 6 dB. Histograms show the share of the values (logarithmic) by their place "
         "on the grid, in codes, with a line for each level, or for its two ends where there are many. What lies beyond "
-        "the ends is clipped, and counted in the outermost bins; after a ReLU the lowest code is zero. Inputs are those "
-        f"of up to {SAMPLES} test images.",
+        "the ends is clipped, and counted in the outermost bins; after a ReLU the lowest code is zero. Inputs are "
+        f"those of up to {SAMPLES} test images.",
         notes=[
             *problems,
-            *(["Weights of DoReFa pass a tanh before they are rounded: their codes are shown, and no ratio."]
-              if any(found.squashed for network in networks for _, _, found in _each(network)) else []),
+            *_SQUASHED[: any(found.squashed for network in networks for *_, found in _each(network))],
         ],
         methods=[network.method for network in networks],
         figures=[drawn(panel) for panel in _error_panels(networks)],
         networks=[_network(network, seed) for network in networks],
-    )  # fmt: skip
+    )
 
 
 def flatness(results: Results) -> Section:
@@ -225,7 +226,7 @@ def _error_panels(networks: Sequence[NetworkLayers]) -> list[Panel]:
 
 def _network(network: NetworkLayers, seed: int) -> Network:
     name = f"{network.method}, {'average' if network.role == 'teacher' else 'student'}, seed {seed}"
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             layer,
             place,

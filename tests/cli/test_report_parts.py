@@ -115,8 +115,6 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 def test_the_command_line_parses_to_its_settings(
     data, model, epochs, float_epochs, flip, amp, threshold, seeds, seed, command
 ) -> None:
-    import shlex
-
     parsed = build_parser("").parse_args([command])
     given = {"data": data, "model": model, "epochs": epochs, "float_epochs": float_epochs, "flip": flip, "amp": amp}
     vars(parsed).update(given, threshold=threshold)

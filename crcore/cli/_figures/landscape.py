@@ -92,7 +92,7 @@ def _styles(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     for file in measured:
         method, average = file["method"] or "fp32", file["role"] == "teacher"
         name = label(method, average=average)
-        style = {"color": colour(method), "linestyle": "--" if average else "-", "linewidth": 1.4}
+        style: dict[str, Any] = {"color": colour(method), "linestyle": "--" if average else "-", "linewidth": 1.4}
         found.append(style | {"label": name if name not in named else None})
         named.add(name)
     return found

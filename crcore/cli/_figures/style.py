@@ -30,11 +30,11 @@ COLOURS = {
 OTHER = "#CC79A7"  # a method that is not listed
 INK = "#3b3b3b"  # of text and axes; becomes the page's own text colour there
 
-_PNG: dict[str, Any] = {
+_PNG: Any = {
     "text.parse_math": False,  # names of data and layers may hold a $
     "grid.alpha": 0.3,
 }
-_SVG = _PNG | {
+_SVG: Any = _PNG | {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "crcore",  # the same figure gives the same bytes
     "font.size": 9,
@@ -71,7 +71,7 @@ def inline_svg(panel: Panel) -> str:
     """A panel as an `<svg>` element: no reference to the outside, text in the page's font and colour."""
     with matplotlib.rc_context(_SVG):
         # Finding out what the text needs takes longer than drawing it.
-        figure = Figure(figsize=panel.size, layout="constrained" if panel.edges is None else "none")
+        figure = Figure(figsize=panel.size, layout="constrained" if panel.edges is None else None)
         axes = figure.add_subplot()
         if panel.edges is not None:
             left, bottom, right, top = panel.edges
