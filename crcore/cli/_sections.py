@@ -145,22 +145,27 @@ def sensitivity(results: Results) -> Section:
 
 
 def oscillation(results: Results) -> list[Section]:
-    """How many weights flip between codes, where the runs recorded it."""
-    found = []
-    for method, runs in by_method(results.records).items():
-        recorded = [run["oscillation"] for run in runs if run.get("oscillation")]
-        if recorded:
-            columns = (spread([100 * entry[key] for entry in recorded]) for key in ("flipped", "oscillating"))
-            found.append((method, *map(str, columns)))
-    if not found:
+    """How many weights flip between integers, where the runs recorded it."""
+    recorded = {
+        method: [run["oscillation"] for run in runs if run.get("oscillation")]
+        for method, runs in by_method(results.records).items()
+    }
+    columns = list(dict.fromkeys(name for runs in recorded.values() for run in runs for name in run))
+    lines = [
+        (method, *(str(spread([100 * run[name] for run in runs])) if name in runs[0] else "-" for name in columns))
+        for method, runs in recorded.items()
+        if runs
+    ]
+    if not lines:
         return []
     return [
         Section(
             "oscillation",
             "Oscillation of weights",
-            "Percent of the quantized weights whose code changed at the end of training, and of those that went to and "
-            "fro between two codes: noise of training that plain rounding leaves in the network.",
-            tables=[Table("Weights that change their code", ("method", "flipped %", "oscillating %"), found)],
+            "Percent of the quantized weights, in the last epoch: flipped are those whose integer changed at least "
+            "once, oscillating those that went to and fro between two integers, which leaves it to chance on which of "
+            "them training ends.",
+            tables=[Table("Weights whose integer changed", ("method", *(f"{name} %" for name in columns)), lines)],
         )
     ]
 

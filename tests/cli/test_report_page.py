@@ -280,8 +280,12 @@ def test_oscillation_is_shown_where_it_was_recorded(crcore, bare) -> None:
     for each in found["runs"]:
         if each["method"] == "qat":
             each["oscillation"] = {"flipped": 0.05 + 0.01 * each["seed"], "oscillating": 0.02}
+        if each["method"] == "qat+cr":
+            each["oscillation"] = {"flipped": 0.5, "oscillating": 0.25, "frozen": 0.125}
     (bare / "results.json").write_text(json.dumps(found))
-    assert "qat 5.50 ± 0.71 2.00 ± 0.00" in " ".join(text_of(crcore, bare).split())
+    words = " ".join(text_of(crcore, bare).split())
+    assert "qat 5.50 ± 0.71 2.00 ± 0.00 -" in words
+    assert "qat+cr 50.00 ± 0.00 25.00 ± 0.00 12.50 ± 0.00" in words
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,13 @@ def test_oscillation_is_shown_where_it_was_recorded(crcore, bare) -> None:
         (lambda out: _without(out, "data", "test"), "test missing in data"),
         (lambda out: _without(out, "runs", 0, "history"), "history missing in a run"),
         (lambda out: _without(out, "runs", 0, "history", 0, "task"), "task missing in the history"),
-        (lambda out: _without(out, "runs"), "damaged"),
+        (lambda out: _without(out, "runs"), "runs missing in the file"),
+        (lambda out: _without(out, "runs", 0, "history", 0), "history of fp32 is not as long"),
+        (lambda out: _with(out, [], "runs"), "no run in it"),
+        (lambda out: _with(out, "high", "runs", 1, "accuracy"), "accuracy in a run is 'high'"),
+        (lambda out: _with(out, 3, "settings", "seeds"), "seeds in settings is 3"),
+        (lambda out: _with(out, "sweep", "command"), "written by sweep"),
+        (lambda out: (out / "results.json").rename(out / "sweep.json"), "is a sweep"),
     ],
 )
 def test_a_folder_that_holds_no_run_is_refused(crcore, bare, tmp_path, make, words) -> None:
@@ -306,6 +316,14 @@ def test_a_folder_that_holds_no_run_is_refused(crcore, bare, tmp_path, make, wor
     assert (outcome.status, outcome.out) == (2, "")
     assert words in outcome.err
     assert not list(tmp_path.glob("page.html*"))
+
+
+def _with(out: Path, value: Any, *place: Any) -> None:
+    found = inner = results(out)
+    for key in place[:-1]:
+        inner = inner[key]  # type: ignore[assignment]
+    inner[place[-1]] = value
+    (out / "results.json").write_text(json.dumps(found))
 
 
 def _without(out: Path, *place: Any) -> None:
