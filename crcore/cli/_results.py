@@ -53,7 +53,7 @@ def read_results(folder: Path) -> Results:
     if not file.is_file():
         if (folder / "sweep.json").is_file():
             raise CommandError(
-                f"{folder} is a sweep, which table.md and sweep.png in it show; give the folder of crcore compare or train"
+                f"{folder} is a sweep, shown by its table.md and sweep.png; give the folder of crcore compare or train"
             )
         if (folder / "settings.json").is_file():
             raise CommandError(

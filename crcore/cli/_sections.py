@@ -193,9 +193,12 @@ def _measured(
             problems.append(f"{path.relative_to(results.folder)} cannot be read ({one_line(error)}); measure it again.")
     section = Section(kind, title, how_to_read, notes=problems)
     if not found:
-        example = next(iter(sorted(results.folder.glob("seed*/*/student.*"))), results.folder / "seed0/qat/student")
-        section.notes.append("Not measured. This measures one network; make the page again afterwards:")
-        section.commands.append(shlex.join(["crcore", kind, str(example)]))
+        checkpoint = next(iter(sorted(results.folder.glob("seed*/*/student.*"))), None)
+        if checkpoint is None:
+            section.notes.append("Not measured, and no checkpoint is left to measure.")
+        else:
+            section.notes.append("Not measured. This measures one network; make the page again afterwards:")
+            section.commands.append(shlex.join(["crcore", kind, str(checkpoint)]))
         return section
     files = [file for file, _ in found]
     section.methods = list(dict.fromkeys(file["method"] or "fp32" for file in files))

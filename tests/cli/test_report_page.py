@@ -203,6 +203,7 @@ def test_an_unfinished_run_is_shown_and_named_so(crcore, bare) -> None:
     text = text_of(crcore, bare)
     assert "not finished: 4 of 6 networks" in text
     assert "with one seed, which gives no interval" in text
+    assert text.count("no checkpoint is left to measure") == 2
 
 
 def test_what_is_gone_is_said_and_the_rest_is_shown(crcore, changed) -> None:
