@@ -123,6 +123,15 @@ def test_a_browser_shows_every_section_and_figure(browser, page_file, width, sch
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_print_shows_what_is_folded(browser, page_file) -> None:
+    page, _ = opened(browser, page_file, scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    folded = page.locator("details:not([open]) svg")
+    assert folded.count() == 20
+    assert all(folded.nth(number).bounding_box()["height"] > 50 for number in range(20))
+
+
 def test_text_and_lines_of_figures_stand_out_from_the_page(browser, page_file) -> None:
     for scheme, dark in (("light", False), ("dark", True)):
         page, _ = opened(browser, page_file, scheme=scheme)
@@ -224,7 +233,9 @@ def test_data_that_are_gone_are_said_so(crcore, changed, run, tmp_path) -> None:
         text = text_of(crcore, changed)
         assert "no such folder" in text
         assert "Quantizers of" not in text
-        assert "Quantizers of qat, student, seed 1" in text_of(crcore, changed, "--data", moved, "--seed", 1)
+        text = text_of(crcore, changed, "--data", moved, "--seed", 1)
+        assert "Quantizers of qat, student, seed 1" in text
+        assert "are not those of the run" not in text
     finally:
         moved.rename(data)
 
