@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import crcore as cr
 from crcore.cli._backends import backend_name_of, open_backend
 from crcore.cli._data import ImageData
-from crcore.cli._errors import CommandError, one_line
+from crcore.cli._errors import one_line
 from crcore.cli._networks import data_for, load_checkpoint, view_of
 from crcore.cli._quantizer_statistics import Quantized, QuantizerStatistics, statistics_of
 from crcore.cli._results import Results
@@ -47,7 +48,7 @@ def measure_layers(
                 layers.setdefault(layer, {})[place] = statistics_of(tensor)
 
             backend.visit_quantizers(network, view_of(info)(data.test.images[:SAMPLES], 0), visit)
-        except (CommandError, OSError) as error:
+        except (cr.CRCoreError, OSError) as error:
             problems.append(f"{method}: {one_line(error)}.")
             continue
         found.append(NetworkLayers(method, role, layers))

@@ -38,7 +38,11 @@ def measure(paths: Sequence[Path], instrument: Instrument, where: Where, *, out:
     screen.print(_table(found, instrument))
     if not isinstance(instrument, Flatness):
         screen.print("noise and corruptions: points of accuracy that the highest level costs", highlight=False)
-    screen.print(f"wrote {out}, and a file ending in {_ending(instrument)} beside each checkpoint", highlight=False, soft_wrap=True)
+    screen.print(
+        f"wrote {out}, and a file ending in {_ending(instrument)} beside each checkpoint",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def checkpoints_of(paths: Sequence[Path]) -> list[Path]:
@@ -77,7 +81,9 @@ def _measured_once(checkpoint: Path, instrument: Instrument, where: Where, data:
     with _bar(console, str(checkpoint)) as shown:
         found = measured(checkpoint, instrument, where, data, shown)
     write_text(file, json.dumps(found) + "\n")
-    console.print(f"{checkpoint}: {instrument.kind} measured on {found['samples']} images", highlight=False, soft_wrap=True)
+    console.print(
+        f"{checkpoint}: {instrument.kind} measured on {found['samples']} images", highlight=False, soft_wrap=True
+    )
     return found
 
 

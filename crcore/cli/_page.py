@@ -15,6 +15,7 @@ class Figure:
 
     svg: Markup
     caption: str
+    wide: bool = False  # takes a row of its own
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Section:
 
 def drawn(panel: Panel, caption: str | None = None) -> Figure:
     """A panel as a figure of the page, under its title or a caption of its own."""
-    return Figure(Markup(inline_svg(panel)), caption or panel.title)  # its text is escaped by the drawing library
+    return Figure(
+        Markup(inline_svg(panel)), caption or panel.title, wide=panel.size[0] > 5
+    )  # its text is escaped by the drawing library
 
 
 def render(title: str, sections: list[Section], *, unfinished: str | None) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import crcore as cr
 
-_MOST_BINS = 128  # within the grid
+_MOST_BINS = 256  # within the grid
 _MARGIN = 0.125  # of the grid's width, shown beyond each of its ends
 
 

@@ -83,9 +83,8 @@ def _row(method: str, runs: dict[int, Record], baseline: dict[int, Record] | Non
     def over_qat(column: str) -> Gain | None:
         if baseline is None or method == "qat" or any(run[column] is None for run in runs.values()):
             return None
-        pairs = [
-            (run, baseline[seed]) for seed, run in runs.items() if seed in baseline
-        ]  # all, where a run is finished
+        # All of them, in a comparison that is finished.
+        pairs = [(run, baseline[seed]) for seed, run in runs.items() if seed in baseline]
         return gain([run[column] - plain["accuracy"] for run, plain in pairs]) if pairs else None
 
     teacher = [run["teacher_accuracy"] for run in runs.values() if run["teacher_accuracy"] is not None]

@@ -1,6 +1,7 @@
 """The chapters of the page of `crcore report`, each from the results of a run."""
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from crcore.cli._quantizer_statistics import QuantizerStatistics
 from crcore.cli._report import HEADER, cells, notes, rows, spread, time_spent
 from crcore.cli._results import Results
 from crcore.cli._verdict import command_line, verdict
+
+_SQUASHED = ("Weights of DoReFa pass a tanh before they are rounded: their codes are shown, and no ratio.",)
 
 
 def overview(results: Results) -> Section:
@@ -97,17 +100,16 @@ def layers(results: Results, *, seed: int, data_name: str | None) -> Section:
         "The signal-to-quantization-noise ratio (SQNR) is the energy of a tensor by that of its rounding error, in "
         "decibel; one bit more gives about 6 dB. Histograms show the share of the values (logarithmic) by their place "
         "on the grid, in codes, with a line for each level, or for its two ends where there are many. What lies beyond "
-        "the ends is clipped, and counted in the outermost bins; after a ReLU the lowest code is zero. Inputs are those "
-        f"of up to {SAMPLES} test images.",
+        "the ends is clipped, and counted in the outermost bins; after a ReLU the lowest code is zero. Inputs are "
+        f"those of up to {SAMPLES} test images.",
         notes=[
             *problems,
-            *(["Weights of DoReFa pass a tanh before they are rounded: their codes are shown, and no ratio."]
-              if any(found.squashed for network in networks for _, _, found in _each(network)) else []),
+            *_SQUASHED[: any(found.squashed for network in networks for *_, found in _each(network))],
         ],
         methods=[network.method for network in networks],
         figures=[drawn(panel) for panel in _error_panels(networks)],
         networks=[_network(network, seed) for network in networks],
-    )  # fmt: skip
+    )
 
 
 def flatness(results: Results) -> Section:
@@ -143,22 +145,27 @@ def sensitivity(results: Results) -> Section:
 
 
 def oscillation(results: Results) -> list[Section]:
-    """How many weights flip between codes, where the runs recorded it."""
-    found = []
-    for method, runs in by_method(results.records).items():
-        recorded = [run["oscillation"] for run in runs if run.get("oscillation")]
-        if recorded:
-            columns = (spread([100 * entry[key] for entry in recorded]) for key in ("flipped", "oscillating"))
-            found.append((method, *map(str, columns)))
-    if not found:
+    """How many weights flip between integers, where the runs recorded it."""
+    recorded = {
+        method: [run["oscillation"] for run in runs if run.get("oscillation")]
+        for method, runs in by_method(results.records).items()
+    }
+    columns = list(dict.fromkeys(name for runs in recorded.values() for run in runs for name in run))
+    lines = [
+        (method, *(str(spread([100 * run[name] for run in runs])) if name in runs[0] else "-" for name in columns))
+        for method, runs in recorded.items()
+        if runs
+    ]
+    if not lines:
         return []
     return [
         Section(
             "oscillation",
             "Oscillation of weights",
-            "Percent of the quantized weights whose code changed at the end of training, and of those that went to and "
-            "fro between two codes: noise of training that plain rounding leaves in the network.",
-            tables=[Table("Weights that change their code", ("method", "flipped %", "oscillating %"), found)],
+            "Percent of the quantized weights, in the last epoch: flipped are those whose integer changed at least "
+            "once, oscillating those that went to and fro between two integers, which leaves it to chance on which of "
+            "them training ends.",
+            tables=[Table("Weights whose integer changed", ("method", *(f"{name} %" for name in columns)), lines)],
         )
     ]
 
@@ -186,9 +193,12 @@ def _measured(
             problems.append(f"{path.relative_to(results.folder)} cannot be read ({one_line(error)}); measure it again.")
     section = Section(kind, title, how_to_read, notes=problems)
     if not found:
-        example = next(iter(sorted(results.folder.glob("seed*/*/student.*"))), results.folder / "seed0/qat/student")
-        section.notes.append("Not measured. This measures one network; make the page again afterwards:")
-        section.commands.append(f"crcore {kind} {example}")
+        checkpoint = next(iter(sorted(results.folder.glob("seed*/*/student.*"))), None)
+        if checkpoint is None:
+            section.notes.append("Not measured, and no checkpoint is left to measure.")
+        else:
+            section.notes.append("Not measured. This measures one network; make the page again afterwards:")
+            section.commands.append(shlex.join(["crcore", kind, str(checkpoint)]))
         return section
     files = [file for file, _ in found]
     section.methods = list(dict.fromkeys(file["method"] or "fp32" for file in files))
@@ -224,7 +234,7 @@ def _error_panels(networks: Sequence[NetworkLayers]) -> list[Panel]:
 
 def _network(network: NetworkLayers, seed: int) -> Network:
     name = f"{network.method}, {'average' if network.role == 'teacher' else 'student'}, seed {seed}"
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (
             layer,
             place,

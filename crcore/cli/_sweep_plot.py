@@ -1,6 +1,5 @@
 """sweep.png: accuracy against the first axis, a panel for each combination of the other axes."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from crcore.cli._files import put_in_place
+from crcore.cli._figures.style import colour, save_png
 from crcore.cli._methods import METHODS
 from crcore.cli._sweep_report import CONTROL, Grid, Point, shown
 
@@ -32,8 +31,8 @@ def draw_sweep(path: Path, grid: Grid) -> None:
     every = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     values = list(dict.fromkeys(point.values[grid.axes[0]] for point in grid.points))
     for axes, (others, points) in zip(every, panels.items(), strict=False):
-        for number, method in enumerate(grid.methods):
-            _draw_method(axes, grid, points, method, values, colour=f"C{number}")
+        for method in grid.methods:
+            _draw_method(axes, grid, points, method, values, colour=colour(method))
         _scale(axes, values)
         axes.set(xlabel=grid.axes[0])
         axes.set_title(
@@ -47,10 +46,7 @@ def draw_sweep(path: Path, grid: Grid) -> None:
     figure.suptitle(grid.title, fontsize="medium")
     lines = {line.get_label(): line for axes in every for line in axes.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    with put_in_place(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    save_png(path, figure)
 
 
 def _draw_method(

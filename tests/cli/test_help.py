@@ -15,6 +15,7 @@ HEAVY = (
     "kornia",
     "datasets",
     "matplotlib",
+    "jinja2",
     "scipy",
     "sklearn",
     "rich",
@@ -27,7 +28,8 @@ HEAVY = (
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"]]
+    "arguments",
+    [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"], ["report", "-h"]],
 )
 def test_help_needs_no_heavy_package(arguments: list[str]) -> None:
     script = (

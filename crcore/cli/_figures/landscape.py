@@ -32,10 +32,10 @@ def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
         for file, style in zip(measured, _styles(measured), strict=True):
             axes.plot(file["density"]["values"], file["density"]["density"], **style)
         axes.set(xlabel="eigenvalue", ylabel="density")
-        log_axis(axes)
         # What a smoothed density falls to between its peaks is nothing that was measured.
         highest = max((max(file["density"]["density"]) for file in measured), default=1.0)
         axes.set_ylim(highest * 1e-6, highest * 2)
+        log_axis(axes)
         axes.grid()
 
     panels = [Panel("Largest eigenvalues of the Hessian", eigenvalues)]
@@ -92,7 +92,7 @@ def _styles(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     for file in measured:
         method, average = file["method"] or "fp32", file["role"] == "teacher"
         name = label(method, average=average)
-        style = {"color": colour(method), "linestyle": "--" if average else "-", "linewidth": 1.4}
+        style: dict[str, Any] = {"color": colour(method), "linestyle": "--" if average else "-", "linewidth": 1.4}
         found.append(style | {"label": name if name not in named else None})
         named.add(name)
     return found

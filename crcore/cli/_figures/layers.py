@@ -41,7 +41,7 @@ def histogram_panel(found: QuantizerStatistics, title: str, method: str) -> Pane
         axes.tick_params(labelsize=8)
         axes.minorticks_off()
 
-    return Panel(title, draw, (2.9, 1.6))
+    return Panel(title, draw, (2.9, 1.5), edges=(0.2, 0.14, 0.98, 0.95))
 
 
 def error_panel(names: Sequence[str], methods: Mapping[str, Sequence[float | None]], title: str) -> Panel:

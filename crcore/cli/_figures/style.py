@@ -30,11 +30,11 @@ COLOURS = {
 OTHER = "#CC79A7"  # a method that is not listed
 INK = "#3b3b3b"  # of text and axes; becomes the page's own text colour there
 
-_PNG: dict[str, Any] = {
+_PNG: Any = {
     "text.parse_math": False,  # names of data and layers may hold a $
     "grid.alpha": 0.3,
 }
-_SVG = _PNG | {
+_SVG: Any = _PNG | {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "crcore",  # the same figure gives the same bytes
     "font.size": 9,
@@ -54,6 +54,7 @@ class Panel:
     title: str  # plain text; also the text alternative
     draw: Callable[[Axes], None]
     size: tuple[float, float] = (4.6, 3.0)  # inches, on a page
+    edges: tuple[float, float, float, float] | None = None  # left, bottom, right, top in [0, 1]; None: as text needs
 
 
 def colour(method: str) -> str:
@@ -69,8 +70,12 @@ def label(method: str, *, average: bool) -> str:
 def inline_svg(panel: Panel) -> str:
     """A panel as an `<svg>` element: no reference to the outside, text in the page's font and colour."""
     with matplotlib.rc_context(_SVG):
-        figure = Figure(figsize=panel.size, layout="constrained")
+        # Finding out what the text needs takes longer than drawing it.
+        figure = Figure(figsize=panel.size, layout="constrained" if panel.edges is None else None)
         axes = figure.add_subplot()
+        if panel.edges is not None:
+            left, bottom, right, top = panel.edges
+            figure.subplots_adjust(left, bottom, right, top)
         panel.draw(axes)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
@@ -97,9 +102,10 @@ def _shortened(svg: str, title: str) -> str:
 
 
 def log_axis(axes: Axes) -> None:
-    """A logarithmic ordinate whose labels are plain numbers, also where it spans less than a decade."""
+    """A logarithmic ordinate whose labels are plain numbers; call it when all is drawn."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 100 * lowest else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
