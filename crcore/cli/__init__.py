@@ -94,7 +94,7 @@ def _export(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from crcore.cli._report_page import report
 
-    report(options.run, out=options.out, seed=options.seed, data_name=options.data)
+    report(options.run, out=options.out, seed=options.seed, data_name=options.data, measure=options.measure)
 
 
 def _measure(options: argparse.Namespace) -> None:

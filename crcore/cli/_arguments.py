@@ -384,6 +384,11 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the --out folder of crcore compare or crcore train")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in RUN")
     parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure what is missing of one seed's networks first, as crcore flatness and crcore sensitivity do",
+    )
+    parser.add_argument(
         "--seed", type=int, metavar="N", help="whose networks are shown layer by layer; default: the run's first"
     )
     parser.add_argument("--data", metavar="PATH", help="as in crcore compare; default: what RUN was trained on")

@@ -37,9 +37,9 @@ class Where:
 class Flatness:
     """What is asked of the Hessian."""
 
-    top: int  # eigenvalues
-    probes: int  # of the trace
-    density: bool
+    top: int = 50  # eigenvalues
+    probes: int = 50  # of the trace
+    density: bool = True
 
     kind = "flatness"
 
@@ -78,8 +78,8 @@ class Flatness:
 class Sensitivity:
     """What is done to inputs and weights."""
 
-    draws: int  # of each noise
-    radii: tuple[float, ...]  # of sharpness, relative to the norm of the weights
+    draws: int = 5  # of each noise
+    radii: tuple[float, ...] = (0.005, 0.01, 0.02)  # of sharpness, relative to the norm of the weights
 
     kind = "sensitivity"
 

@@ -16,7 +16,17 @@ from crcore.cli._errors import CommandError
 from crcore.cli._figures.landscape import flatness_panels, sensitivity_panels
 from crcore.cli._figures.style import write_png
 from crcore.cli._files import write_text
-from crcore.cli._measure import Data, Flatness, Instrument, Measured, Progress, Where, measured, settings_of
+from crcore.cli._measure import (
+    Data,
+    Flatness,
+    Instrument,
+    Measured,
+    Progress,
+    Sensitivity,
+    Where,
+    measured,
+    settings_of,
+)
 
 ROLES = ("float", "student", "teacher")
 _SUFFIXES = (".safetensors", ".keras")
@@ -43,6 +53,16 @@ def measure(paths: Sequence[Path], instrument: Instrument, where: Where, *, out:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def measure_missing(folder: Path, *, data_name: str | None) -> None:
+    """Measure with both instruments, as the commands do by default, what was not measured in a folder."""
+    console, data = Console(stderr=True), Data()
+    for checkpoint in checkpoints_of([folder]):
+        for instrument, samples, split in ((Flatness(), 256, "train"), (Sensitivity(), 1000, "test")):
+            if not measurement_file(checkpoint, instrument.kind).is_file():
+                where = Where(samples, split, seed=0, data=data_name, device="auto")
+                _measured_once(checkpoint, instrument, where, data, console)
 
 
 def checkpoints_of(paths: Sequence[Path]) -> list[Path]:

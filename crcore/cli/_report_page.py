@@ -8,24 +8,28 @@ from rich.console import Console
 from crcore.cli import _sections
 from crcore.cli._errors import CommandError
 from crcore.cli._files import write_text
+from crcore.cli._measure_command import measure_missing
 from crcore.cli._page import render
 from crcore.cli._report import title
 from crcore.cli._results import Results, read_results
 
 
-def report(run: Path, *, out: Path | None, seed: int | None, data_name: str | None) -> None:
+def report(run: Path, *, out: Path | None, seed: int | None, data_name: str | None, measure: bool) -> None:
     """Write the page of a run and name it."""
     results = read_results(run)
     out = _checked_out(run, out)
     seeds = list(dict.fromkeys(record["seed"] for record in results.records))
     if seed is not None and seed not in seeds:
         raise CommandError(f"--seed {seed}: {run} has finished runs of seed {', '.join(map(str, seeds))}; give one")
+    seed = seeds[0] if seed is None else seed
+    if measure:
+        measure_missing(run / f"seed{seed}", data_name=data_name)
     with Console(stderr=True).status(f"writing {out}"):
         sections = [
             _sections.overview(results),
             _sections.table(results),
             _sections.history(results),
-            _sections.layers(results, seed=seeds[0] if seed is None else seed, data_name=data_name),
+            _sections.layers(results, seed=seed, data_name=data_name),
             _sections.flatness(results),
             _sections.sensitivity(results),
             *_sections.oscillation(results),

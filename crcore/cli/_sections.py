@@ -197,8 +197,8 @@ def _measured(
         if checkpoint is None:
             section.notes.append("Not measured, and no checkpoint is left to measure.")
         else:
-            section.notes.append("Not measured. This measures one network; make the page again afterwards:")
-            section.commands.append(shlex.join(["crcore", kind, str(checkpoint)]))
+            section.notes.append("Not measured. This measures the networks of one seed and makes the page again:")
+            section.commands.append(shlex.join(["crcore", "report", str(results.folder), "--measure"]))
         return section
     files = [file for file, _ in found]
     section.methods = list(dict.fromkeys(file["method"] or "fp32" for file in files))

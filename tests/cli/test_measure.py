@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import crcore_torch as crt
 import numpy as np
@@ -10,8 +11,10 @@ from conftest import contents
 from test_bad_input import refused
 
 from crcore import flatness
+from crcore.cli import _measure_command
 from crcore.cli._backends import open_backend
 from crcore.cli._data import load_data
+from crcore.cli._measure import Flatness, Sensitivity
 from crcore.cli._networks import load_checkpoint, view_of
 from crcore.cli._split import stratified
 
@@ -121,3 +124,25 @@ def test_bad_input(crcore, finished, tmp_path, monkeypatch, arguments, words) ->
     before = contents(tmp_path)
     refused(crcore(*arguments), *words)
     assert contents(tmp_path) == before
+
+
+def test_a_report_measures_what_is_missing(crcore, finished, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_measure_command, "Flatness", partial(Flatness, top=3, probes=2, density=False))
+    monkeypatch.setattr(_measure_command, "Sensitivity", partial(Sensitivity, draws=2, radii=(0.01,)))
+    run = tmp_path / "run"
+    shutil.copytree(finished / "seed0" / "qat", run / "seed0" / "qat")
+    shutil.copy(finished / "results.json", run)
+    assert "crcore report" in _page(crcore, run)
+    assert "Largest eigenvalues" not in _page(crcore, run)
+    page = _page(crcore, run, "--measure")
+    assert "Largest eigenvalues" in page
+    assert "Sharpness" in page
+    measured = contents(run)
+    assert _page(crcore, run, "--measure") == page
+    assert contents(run) == measured
+
+
+def _page(crcore, run, *options) -> str:
+    outcome = crcore("report", run, *options)
+    assert outcome.status == 0, outcome.err
+    return (run / "report.html").read_text(encoding="utf-8")
