@@ -25,8 +25,8 @@ Loss = Callable[[Any, Any], Any]
 class Landscape:
     """The mean loss of a network over fixed samples, as a function of its weights: a `crcore.flatness.LossLandscape`.
 
-    It takes the network's variables as they are now, in inference mode; nothing about the network is changed. The weights
-    are its trainable variables (where it has none, as a teacher, those that could be trained) but for those of
+    It takes the network's variables as they are now, in inference mode; nothing about the network is changed. The
+    weights are its trainable variables (where it has none, as a teacher, those that could be trained) but for those of
     quantizers, layer by layer and with the axes that they have in PyTorch: the vectors of the same network in
     `crcore_torch` have the same entries.
 
