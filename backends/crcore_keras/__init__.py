@@ -17,6 +17,7 @@ from crcore_keras._export import export_onnx as export_onnx
 from crcore_keras._export import verify as verify
 from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
+from crcore_keras._landscape import Landscape as Landscape
 from crcore_keras._load import load_model as load_model
 from crcore_keras._portable import load_portable as load_portable
 from crcore_keras._portable import save_portable as save_portable
@@ -29,6 +30,7 @@ __all__ = [
     "ConsistencyModel",
     "FakeQuantize",
     "IntegerWeight",
+    "Landscape",
     "convert",
     "export_litert",
     "export_onnx",
