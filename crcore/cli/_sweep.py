@@ -169,10 +169,10 @@ def _check_resume(out: Path, grid: Grid) -> None:
             )
 
 
-def _values(points: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The values of each setting over the points; of methods and seeds, each one."""
-    found: dict[str, list[Any]] = {}
+def _values(points: Sequence[dict[str, Any]]) -> dict[str, dict[Any, None]]:
+    """The values of each setting over the points, each once and in order; of methods and seeds, each one."""
+    found: dict[str, dict[Any, None]] = {}
     for point in points:
         for name, value in point.items():
-            found.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+            found.setdefault(name, {}).update(dict.fromkeys(value if isinstance(value, list) else [value]))
     return found

@@ -27,7 +27,8 @@ HEAVY = (
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"]]
+    "arguments",
+    [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"], ["sweep", "-h"]],
 )
 def test_help_needs_no_heavy_package(arguments: list[str]) -> None:
     script = (
