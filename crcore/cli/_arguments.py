@@ -22,7 +22,7 @@ from crcore.cli._help import (
     TRAIN_EXAMPLES,
 )
 from crcore.cli._methods import METHODS, parse_methods
-from crcore.cli._settings import BACKENDS, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
+from crcore.cli._settings import BACKENDS, BATCHNORM, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -240,6 +240,12 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
         type=float,
         metavar="X",
         help="of the average; default: a window of a twentieth of the steps, 0.9 to 0.999",
+    )
+    group.add_argument(
+        "--teacher-batchnorm",
+        choices=BATCHNORM,
+        default="average",
+        help="BatchNorm's running statistics in the average: averaged too, or copied from the student",
     )
     group.add_argument("--kd-weight", type=float, default=1.0, metavar="X", help="of qat+kd's term")
     group.add_argument("--kd-temperature", type=float, default=2.0, metavar="X", help="of qat+kd's softmaxes")

@@ -1,13 +1,14 @@
 """What the user asked for, as one frozen value that is stored with the results and compared on resume."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal
 
 from crcore.cli._backends import check_options_of_keras
 from crcore.cli._errors import CommandError
 
 QUANTIZERS = ("lsq", "lsq+", "pact", "dorefa", "minmax")
+BATCHNORM = ("average", "copy")
 VIEWS = ("weak", "strong", "none")
 BACKENDS = ("torch", "keras")
 RAMP_SHAPES = ("sigmoid", "linear", "cosine", "constant")
@@ -51,6 +52,7 @@ class Settings:
     # Newer than the first results: a default is what was done before.
     ramp_shape: str = "sigmoid"
     unlabeled: int | None = None  # 0: all
+    teacher_batchnorm: Literal["average", "copy"] = "average"
 
     def __post_init__(self) -> None:
         if self.backend == "keras":
@@ -95,6 +97,10 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+# What an earlier version may not have known and so not have stored, at the values that stand for what it did.
+NEWER = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def check_bits(weight_bits: int | None, activation_bits: int | None) -> None:

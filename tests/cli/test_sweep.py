@@ -100,6 +100,7 @@ OTHERWISE = {
     "threshold": 0.2,
     "teacher_view": "strong",
     "unlabeled": 60,
+    "teacher_batchnorm": "copy",
 }
 
 
