@@ -164,6 +164,11 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
 def check_network(session: Session, methods: Sequence[Method]) -> None:
     """Build what will be trained once, so that a failure comes before the first epoch."""
     network = session.network(session.settings.seeds[0])
+    if session.settings.reestimate_batchnorm and not session.backend.has_batchnorm(network):
+        raise CommandError(
+            f"--reestimate-batchnorm {session.settings.reestimate_batchnorm}: --model {session.settings.model} has no "
+            "BatchNorm; leave the option out"
+        )
     for method in methods:
         if method.quantized:
             session.backend.prepare(network, recipe_of(session.settings, method, steps=1))

@@ -53,6 +53,7 @@ class Settings:
     ramp_shape: str = "sigmoid"
     unlabeled: int | None = None  # 0: all
     teacher_batchnorm: Literal["average", "copy"] = "average"
+    reestimate_batchnorm: int = 0  # batches
 
     def __post_init__(self) -> None:
         if self.backend == "keras":
@@ -68,6 +69,11 @@ class Settings:
         for option, count in counts.items():
             if count is not None and count < 1:
                 raise CommandError(f"{option} must be 1 or more, got {count}")
+        if self.reestimate_batchnorm < 0:
+            raise CommandError(
+                f"--reestimate-batchnorm must be a number of batches, or 0 to leave it out, got "
+                f"{self.reestimate_batchnorm}"
+            )
         if self.batch_size < 2:
             raise CommandError("--batch-size must be 2 or more, got 1: batch normalization needs more than one image")
         positive = {

@@ -38,6 +38,8 @@ def refused(outcome, *words: str) -> None:
         (["--labels", "0"], ["--labels", "'all'"]),
         (["--labels", "few"], ["--labels", "'few'"]),
         (["--labels", "all", "--methods", "qat+cr+unlabeled"], ["unlabeled", "--labels N"]),
+        (["--teacher-batchnorm", "freeze"], ["'freeze'", "average", "copy"]),
+        (["--reestimate-batchnorm", "-1"], ["--reestimate-batchnorm", "got -1"]),
         (["--unlabeled", "0"], ["--unlabeled", "'all'"]),
         (["--unlabeled", "999"], ["--unlabeled 999", "200 of 1198", "998"]),
         (["--ramp-shape", "step"], ["'step'", "cosine"]),

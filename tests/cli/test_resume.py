@@ -87,7 +87,9 @@ def test_resuming_a_finished_run_trains_nothing(crcore, undisturbed) -> None:
     assert contents(undisturbed) == before
 
 
-@pytest.mark.parametrize("newer", [("backend", "engine"), ("ramp_shape", "unlabeled", "teacher_batchnorm")])
+@pytest.mark.parametrize(
+    "newer", [("backend", "engine"), ("ramp_shape", "unlabeled", "teacher_batchnorm", "reestimate_batchnorm")]
+)
 def test_a_folder_of_an_earlier_version_is_resumed(crcore, undisturbed, newer) -> None:
     before = contents(undisturbed)
     stored = json.loads(before["settings.json"])

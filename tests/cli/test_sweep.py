@@ -101,6 +101,7 @@ OTHERWISE = {
     "teacher_view": "strong",
     "unlabeled": 60,
     "teacher_batchnorm": "copy",
+    "reestimate_batchnorm": 2,
 }
 
 
