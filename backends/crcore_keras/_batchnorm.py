@@ -75,7 +75,7 @@ def _measured(norm: Any) -> Iterator[None]:
         nonlocal calls
         if not calls:  # a momentum of zero would not forget infinities
             for statistic in statistics:
-                statistic.assign(ops.zeros_like(statistic))
+                statistic.assign(ops.zeros(statistic.shape, statistic.dtype))
         calls += 1
         norm.momentum = (calls - 1) / calls
         return call(inputs, **(options | {"training": True}))
