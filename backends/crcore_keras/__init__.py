@@ -9,6 +9,7 @@ crk.convert(model.teacher)                         # integers, scales, zero poin
 """
 
 from crcore_keras import _engine as _engine  # first, for its error  # isort: skip
+from crcore_keras._batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from crcore_keras._callback import ConsistencyCallback as ConsistencyCallback
 from crcore_keras._consistency_model import ConsistencyModel as ConsistencyModel
 from crcore_keras._convert import convert as convert
@@ -38,6 +39,7 @@ __all__ = [
     "load_portable",
     "load_quantized",
     "prepare",
+    "reestimate_batchnorm",
     "save_portable",
     "save_quantized",
     "verify",

@@ -34,10 +34,11 @@ class ConsistencyModel(keras.Model):
     In training the model is the student on one view; in ``evaluate`` and ``predict`` it is the student on the input
     itself, at no cost for the teacher. ``compile`` and ``fit`` are Keras', with one more argument, ``unlabeled``.
 
-    Step t's teacher includes the student after step t - 1; BatchNorm statistics and observed ranges are averaged like
-    the weights, other state is copied. The teacher is in inference mode and quantized with its own averaged scales. A
-    step is an optimizer step, however many batches ``gradient_accumulation_steps`` gathers for it (one that loss
-    scaling skips counts too). ``sample_weight`` and ``class_weight`` act on the task loss alone.
+    Step t's teacher includes the student after step t - 1; BatchNorm statistics (unless ``ema`` says that they are
+    copied) and observed ranges are averaged like the weights, other state is copied. The teacher is in inference mode
+    and quantized with its own averaged scales. A step is an optimizer step, however many batches
+    ``gradient_accumulation_steps`` gathers for it (one that loss scaling skips counts too). ``sample_weight`` and
+    ``class_weight`` act on the task loss alone.
 
     Args:
         student: a model from `prepare`. Its output is taken for logits, or, where its last layer is a softmax, for
@@ -330,11 +331,11 @@ class ConsistencyModel(keras.Model):
         """One step of the average, where an optimizer step was made since the last one; traced or not."""
         updates = ops.copy(self._updates)
         is_due = ops.copy(self._steps) > updates
-        averaged, copied_ = _state_pairs(self.teacher, self.student)
+        averaged, copied_ = _state_pairs(self.teacher, self.student, batchnorm=self._ema.batchnorm)  # type: ignore[union-attr]
         moves = ops.where(is_due, self._decay_at(updates), 1.0)
         ema_update_([mine for mine, _ in averaged], [source for _, source in averaged], moves)
         for mine, source in copied_:
-            mine.assign(ops.copy(source))
+            mine.assign(ops.where(is_due, ops.copy(source), ops.copy(mine)))
         self._updates.assign(updates + ops.cast(is_due, "int32"))
 
     def _decay_at(self, updates: Any) -> Any:
@@ -366,12 +367,13 @@ class _Scratch:
     value: Any = None
 
 
-def _state_pairs(teacher: Any, student: Any) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+def _state_pairs(teacher: Any, student: Any, *, batchnorm: str) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
     """The teacher's variable and the student's: those that are averaged, and those that are copied."""
+    kinds = (FakeQuantize, keras.layers.BatchNormalization) if batchnorm == "average" else (FakeQuantize,)
     averaged: list[tuple[Any, Any]] = []
     copies: list[tuple[Any, Any]] = []
     for mine, source in zip(teacher._flatten_layers(), student._flatten_layers(), strict=True):
-        has_statistics = isinstance(mine, (keras.layers.BatchNormalization, FakeQuantize))
+        has_statistics = isinstance(mine, kinds)
         averaged += zip(mine._trainable_variables, source._trainable_variables, strict=True)
         for pair in zip(mine._non_trainable_variables, source._non_trainable_variables, strict=True):
             is_statistic = has_statistics and keras.backend.is_float_dtype(pair[0].dtype)

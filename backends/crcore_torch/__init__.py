@@ -12,6 +12,7 @@ for x, y in loader:
 crt.convert(teacher)                               # integers, scales, zero points
 """
 
+from crcore_torch._batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from crcore_torch._convert import IntegerWeight as IntegerWeight
 from crcore_torch._convert import convert as convert
 from crcore_torch._export import export_litert as export_litert
@@ -41,6 +42,7 @@ __all__ = [
     "load_quantized",
     "parameter_groups",
     "prepare",
+    "reestimate_batchnorm",
     "save_portable",
     "save_quantized",
     "verify",

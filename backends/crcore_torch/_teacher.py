@@ -24,7 +24,8 @@ class Teacher(nn.Module):
 
     Call it like the student. It is always in eval mode, makes no graph, and is quantized with its own averaged scales.
     After each optimizer step ``teacher <- decay * teacher + (1 - decay) * student``; so the teacher that the student
-    meets at step t includes the student after step t - 1. Buffers that are not statistics are copied from the student.
+    meets at step t includes the student after step t - 1. Buffers that are not statistics are copied from the student,
+    and BatchNorm's are where ``ema`` says so.
 
     The student may come from `prepare` or be any module that another library fake-quantized. It may be wrapped by
     ``torch.compile`` or DistributedDataParallel; the teacher is made of what is inside.
@@ -119,17 +120,22 @@ class Teacher(nn.Module):
         """
         pairs = list(_pairs(self.model, self._source()))  # once: walking takes longer than what is done on the way
         _adopt_flags(pairs)
+        tensors = list(_statistics(pairs))
+        values = _agreed([value for _, value, _ in tensors])
         averages: list[Tensor] = []
-        values: list[Tensor] = []
-        for average, value in _statistics(pairs):
-            averages.append(average)
-            values.append(value)
+        averaged: list[Tensor] = []
+        for (mine, _, is_batchnorm), value in zip(tensors, values, strict=True):
+            if is_batchnorm and self.ema.batchnorm == "copy":
+                mine.copy_(value)
+            else:
+                averages.append(mine)
+                averaged.append(value)
         late = [pair for pair in pairs if has_late_scale(pair[0])]
         if averages:
-            ema_update_(averages, _agreed(values), self.decay)
+            ema_update_(averages, averaged, self.decay)
         _copy_other_buffers(pairs)
-        for mine, source in late:
-            take_over(mine, source)
+        for module, source in late:
+            take_over(module, source)
         self.step += 1
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -190,8 +196,8 @@ def _adopt_flags(pairs: Iterable[Pair]) -> None:
             mine.adopt(source)
 
 
-def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The teacher's tensor and the student's, for everything that is averaged."""
+def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """The teacher's tensor, the student's, and whether it is BatchNorm's statistic, for everything that is averaged."""
     seen: set[int] = set()
     for mine, source in pairs:
         tensors = list(_named(mine._parameters))
@@ -200,7 +206,7 @@ def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
         for name, average in tensors:
             if average.is_floating_point() and id(average) not in seen:  # a tied weight moves once
                 seen.add(id(average))
-                yield average, _stored(source, name)
+                yield average, _stored(source, name), name in mine._buffers and not isinstance(mine, FakeQuantize)
 
 
 def _agreed(values: list[Tensor]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from crcore.cli._help import (
     TRAIN_EXAMPLES,
 )
 from crcore.cli._methods import METHODS, parse_methods
-from crcore.cli._settings import BACKENDS, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
+from crcore.cli._settings import BACKENDS, BATCHNORM, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -234,6 +234,14 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group.add_argument("--lr", type=float, default=0.02, help="peak learning rate of QAT (SGD, cosine to zero)")
     group.add_argument("--float-lr", type=float, default=0.1, help="peak learning rate of the float network")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="of weights, not of quantizer scales")
+    group.add_argument(
+        "--reestimate-batchnorm",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure BatchNorm's running statistics anew on N batches after the last step of QAT, of the trained "
+        "network and of its average; default: 0, which leaves them",
+    )
     group = parser.add_argument_group("consistency (qat+cr), average (qat+ema, qat+cr) and distillation (qat+kd)")
     group.add_argument(
         "--consistency-weight", type=float, default=1.0, metavar="X", help="lambda at the end of its ramp"
@@ -256,6 +264,12 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
         type=float,
         metavar="X",
         help="of the average; default: a window of a twentieth of the steps, 0.9 to 0.999",
+    )
+    group.add_argument(
+        "--teacher-batchnorm",
+        choices=BATCHNORM,
+        default="average",
+        help="BatchNorm's running statistics in the average: averaged too, or copied from the student",
     )
     group.add_argument("--kd-weight", type=float, default=1.0, metavar="X", help="of qat+kd's term")
     group.add_argument("--kd-temperature", type=float, default=2.0, metavar="X", help="of qat+kd's softmaxes")

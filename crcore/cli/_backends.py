@@ -69,6 +69,10 @@ class Backend(Protocol):
         """A quantized copy of a network; its messages name the layer and the way out."""
         ...
 
+    def has_batchnorm(self, network: Network) -> bool:
+        """Whether a network has BatchNorm with running statistics."""
+        ...
+
     def train(
         self,
         student: Network,
@@ -82,14 +86,16 @@ class Backend(Protocol):
         lr: float,
         weight_decay: float,
         evaluate_every: int,
+        reestimate_batchnorm: int,
         amp: bool,
         progress: "Progress",
         progress_file: Path,
     ) -> tuple[Network | None, dict[str, Any]]:
         """Train `student` in place, from `progress_file` on where there is one.
 
-        `reference` is the float network to distill from. Returns the averaged network, where the method has one, and
-        the record of the run.
+        `reference` is the float network to distill from; `reestimate_batchnorm` counts the batches after the last step
+        on which BatchNorm of student and average is measured anew. Returns the averaged network, where the method has
+        one, and the record of the run.
         """
         ...
 

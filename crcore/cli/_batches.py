@@ -1,5 +1,7 @@
 """Which images a step sees, and their views (torch). All of it depends on (seed, step) and on nothing else."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -53,6 +55,11 @@ class Batches:
     def teacher(self, step: int, *, unlabeled: bool = False) -> Tensor:
         """The teacher's own views of the same images in the same order."""
         return self._views(self.teacher_view, "teacher view", step, unlabeled)
+
+    def further(self, step: int, count: int, *, unlabeled: bool = False) -> Iterator[Tensor]:
+        """The student's views of `count` steps from `step` on."""
+        for further in range(step, step + count):
+            yield self.student(further, unlabeled=unlabeled)[0]
 
     def _views(self, view: View, stream: str, step: int, unlabeled: bool) -> Tensor:
         views: Tensor = view(self.images[self.labeled.at(step)], seed_of(self.seed, stream, step))

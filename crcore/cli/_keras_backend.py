@@ -53,6 +53,10 @@ class KerasBackend:
         _seed(seed, "network")
         return crk.prepare(network, recipe)
 
+    def has_batchnorm(self, network: Any) -> bool:
+        """Whether a network has BatchNormalization."""
+        return any(isinstance(layer, keras.layers.BatchNormalization) for layer in network._flatten_layers())
+
     def train(self, student: Any, method: Method, *, amp: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
         """See `_keras_training.train`; `amp` is refused before."""
         return _keras_training.train(student, method, **options)

@@ -33,6 +33,7 @@ def train(
     lr: float,
     weight_decay: float,
     evaluate_every: int,
+    reestimate_batchnorm: int,
     progress: Progress,
     progress_file: Path,
 ) -> tuple[Any, dict[str, Any]]:
@@ -77,6 +78,7 @@ def train(
             batches=batches,
             evaluation=evaluation,
             evaluate_every=evaluate_every,
+            reestimate_batchnorm=reestimate_batchnorm,
             lr=lr,
             progress=progress,
             progress_file=progress_file,
@@ -137,6 +139,7 @@ class Recorder(keras.callbacks.Callback):
         batches: Batches,
         evaluation: KerasEvaluation,
         evaluate_every: int,
+        reestimate_batchnorm: int,
         lr: float,
         progress: Progress,
         progress_file: Path,
@@ -145,6 +148,7 @@ class Recorder(keras.callbacks.Callback):
         self.record, self.data, self.method, self.recipe = record, data, method, recipe
         self.student, self.averaged = student, averaged
         self.batches, self.evaluation, self.evaluate_every, self.lr = batches, evaluation, evaluate_every, lr
+        self.reestimate_batchnorm = reestimate_batchnorm
         self.progress, self.progress_file = progress, progress_file
         self._began = time.perf_counter()
         self._epoch = len(record["history"])
@@ -177,6 +181,11 @@ class Recorder(keras.callbacks.Callback):
         measured = epoch + 1 == epochs or (epoch + 1) % self.evaluate_every == 0
         if measured and self.averaged is not None:
             self.model.update_teacher()
+        if epoch + 1 == epochs and self.reestimate_batchnorm:
+            steps, unlabeled = epochs * self.batches.steps_per_epoch, self.method.unlabeled
+            for network in (self.student, *([] if self.averaged is None else [self.averaged])):
+                views = self.batches.further(steps, self.reestimate_batchnorm, unlabeled=unlabeled)
+                crk.reestimate_batchnorm(network, map(channels_last, views))
         entry = history_entry(
             self.recipe,
             epoch=epoch + 1,

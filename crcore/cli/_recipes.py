@@ -78,5 +78,5 @@ def build_recipe(settings: Settings, method: Method, *, steps: int) -> cr.Recipe
         weights=weights,
         activations=activations,
         consistency=consistency,
-        ema=cr.EMA(decay=decay, warmup=steps) if method.average else None,
+        ema=cr.EMA(decay=decay, warmup=steps, batchnorm=settings.teacher_batchnorm) if method.average else None,
     )

@@ -137,7 +137,13 @@ def notes(settings: dict[str, Any], data: dict[str, Any]) -> list[str]:
         f"Common to all: batch {settings['batch_size']}, the student's {settings['student_view']} views (the same bits "
         "in every method), SGD with a cosine schedule. The EMA teacher sees "
         f"{settings['teacher_view']} views of its own.",
+        *_batchnorm(settings),
     ]
+
+
+def _batchnorm(settings: dict[str, Any]) -> list[str]:
+    count = settings.get("reestimate_batchnorm", 0)
+    return [f"BatchNorm's statistics were measured anew on {count} batches after QAT."] if count else []
 
 
 # Of a run's `seconds_by_part`, in the order of a step. The Keras backend sees teacher, student and update as one.

@@ -97,6 +97,7 @@ class SeedRuns:
             reference=network if method.distillation else None,
             epochs=settings.epochs,
             lr=settings.lr,
+            reestimate_batchnorm=settings.reestimate_batchnorm,
             **self._common(folder),
         )
         self._save(folder, "student", student, recipe)
@@ -124,6 +125,7 @@ class SeedRuns:
                     reference=None,
                     epochs=settings.float_epochs,
                     lr=settings.float_lr,
+                    reestimate_batchnorm=0,
                     **self._common(folder),
                 )
                 self._save(folder, "float", network, None)

@@ -19,10 +19,9 @@ from crcore.cli._files import write_text
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._network_info import NetworkInfo, network_recipe
 from crcore.cli._recipes import build_recipe
-from crcore.cli._settings import Settings, check_same_settings
+from crcore.cli._settings import NEWER, Settings, check_same_settings
 
 BEFORE_BACKENDS = {"backend": "torch", "engine": "torch"}  # what settings.json left out then
-BEFORE_SWEEPS = {"ramp_shape": "sigmoid"}
 DIGITS_LABELS = 200  # of 1,198 training images: few enough that methods differ
 
 
@@ -167,6 +166,11 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
 def check_network(session: Session, methods: Sequence[Method]) -> None:
     """Build what will be trained once, so that a failure comes before the first epoch."""
     network = session.network(session.settings.seeds[0])
+    if session.settings.reestimate_batchnorm and not session.backend.has_batchnorm(network):
+        raise CommandError(
+            f"--reestimate-batchnorm {session.settings.reestimate_batchnorm}: --model {session.settings.model} has no "
+            "BatchNorm; leave the option out"
+        )
     for method in methods:
         if method.quantized:
             session.backend.prepare(network, recipe_of(session.settings, method, steps=1))
@@ -240,8 +244,8 @@ def _check_resume(out: Path, asked: dict[str, Any], *, unlabeled: int) -> None:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         check_same_settings(
-            BEFORE_BACKENDS
-            | BEFORE_SWEEPS
+            NEWER
+            | BEFORE_BACKENDS
             | {"unlabeled": unlabeled}
             | {k: v for k, v in stored["settings"].items() if k != "data"},
             {k: v for k, v in asked["settings"].items() if k != "data"},

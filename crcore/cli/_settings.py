@@ -1,13 +1,14 @@
 """What the user asked for, as one frozen value that is stored with the results and compared on resume."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal
 
 from crcore.cli._backends import check_options_of_keras
 from crcore.cli._errors import CommandError
 
 QUANTIZERS = ("lsq", "lsq+", "pact", "dorefa", "minmax")
+BATCHNORM = ("average", "copy")
 VIEWS = ("weak", "strong", "none")
 BACKENDS = ("torch", "keras")
 RAMP_SHAPES = ("sigmoid", "linear", "cosine", "constant")
@@ -51,6 +52,8 @@ class Settings:
     # Newer than the first results: a default is what was done before.
     ramp_shape: str = "sigmoid"
     unlabeled: int | None = None  # 0: all
+    teacher_batchnorm: Literal["average", "copy"] = "average"
+    reestimate_batchnorm: int = 0  # batches
 
     def __post_init__(self) -> None:
         if self.backend == "keras":
@@ -66,6 +69,11 @@ class Settings:
         for option, count in counts.items():
             if count is not None and count < 1:
                 raise CommandError(f"{option} must be 1 or more, got {count}")
+        if self.reestimate_batchnorm < 0:
+            raise CommandError(
+                f"--reestimate-batchnorm must be a number of batches, or 0 to leave it out, got "
+                f"{self.reestimate_batchnorm}"
+            )
         if self.batch_size < 2:
             raise CommandError("--batch-size must be 2 or more, got 1: batch normalization needs more than one image")
         positive = {
@@ -95,6 +103,10 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+# What an earlier version may not have known and so not have stored, at the values that stand for what it did.
+NEWER = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def check_bits(weight_bits: int | None, activation_bits: int | None) -> None:

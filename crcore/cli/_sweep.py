@@ -4,7 +4,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,9 @@ from crcore.cli._methods import METHODS, Method
 from crcore.cli._progress import Progress
 from crcore.cli._runs import FLOAT, Place, SeedRuns
 from crcore.cli._session import Session, check_folder, check_network, decided_session
-from crcore.cli._settings import Settings
+from crcore.cli._settings import NEWER, Settings
 from crcore.cli._sweep_plot import draw_sweep
 from crcore.cli._sweep_report import Grid, Point, markdown, results, shown
-
-# Settings that an earlier version may not have known, at the values that stand for what it did.
-NEWER = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def sweep(axes: Sequence[Axis], settings: Sequence[Settings], *, out: Path, resume: bool) -> None:
@@ -169,10 +165,10 @@ def _check_resume(out: Path, grid: Grid) -> None:
             )
 
 
-def _values(points: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The values of each setting over the points; of methods and seeds, each one."""
-    found: dict[str, list[Any]] = {}
+def _values(points: Sequence[dict[str, Any]]) -> dict[str, dict[Any, None]]:
+    """The values of each setting over the points, each once and in order; of methods and seeds, each one."""
+    found: dict[str, dict[Any, None]] = {}
     for point in points:
         for name, value in point.items():
-            found.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+            found.setdefault(name, {}).update(dict.fromkeys(value if isinstance(value, list) else [value]))
     return found

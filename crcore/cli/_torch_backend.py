@@ -54,6 +54,11 @@ class TorchBackend:
         student: nn.Module = crt.prepare(network, recipe)
         return student
 
+    def has_batchnorm(self, network: nn.Module) -> bool:
+        """Whether a network has BatchNorm with running statistics."""
+        kind = nn.modules.batchnorm._BatchNorm
+        return any(isinstance(module, kind) and module.track_running_stats for module in network.modules())
+
     def train(
         self, student: nn.Module, method: Method, *, reference: nn.Module | None, **options: Any
     ) -> tuple[nn.Module | None, dict[str, Any]]:

@@ -35,6 +35,7 @@ def train(
     lr: float,
     weight_decay: float,
     evaluate_every: int,
+    reestimate_batchnorm: int,
     amp: bool,
     progress: Progress,
     progress_file: Path,
@@ -49,6 +50,7 @@ def train(
         reference: the frozen float network for distillation.
         epochs: passes over the labeled images.
         lr: the peak of a cosine schedule that ends at zero.
+        reestimate_batchnorm: batches after the last step on which BatchNorm of student and average is measured anew.
     """
     device = batches.images.device
     teacher = crt.Teacher(student, recipe.ema) if recipe and recipe.ema else None
@@ -107,6 +109,11 @@ def train(
         consistency_mean = consistency_sum.item() / batches.steps_per_epoch
         clock.lap("update")
         check_finite(task_mean + consistency_mean, method, seed=batches.seed, epoch=epoch + 1, lr=lr)
+        if last and reestimate_batchnorm:
+            for network in (student, *([] if teacher is None else [teacher.model])):
+                views = batches.further(steps, reestimate_batchnorm, unlabeled=method.unlabeled)
+                crt.reestimate_batchnorm(network, views)
+            clock.lap("update")
         entry = history_entry(
             recipe,
             epoch=epoch + 1,

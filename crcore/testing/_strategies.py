@@ -230,7 +230,12 @@ def schedules(draw: st.DrawFn, least: float = 0.0, most: float = 10.0) -> Schedu
 def averages(draw: st.DrawFn) -> EMA:
     """EMA settings with constant and scheduled decay, with and without warm-up."""
     decay = draw(st.sampled_from((0.0, 0.9, 0.999, 1.0)) | schedules(0.0, 1.0))
-    return EMA(decay=decay, warmup=draw(st.sampled_from((0, 1, 50, 20_000))), quantized=draw(st.booleans()))
+    return EMA(
+        decay=decay,
+        warmup=draw(st.sampled_from((0, 1, 50, 20_000))),
+        quantized=draw(st.booleans()),
+        batchnorm=draw(st.sampled_from(("average", "copy"))),
+    )
 
 
 @st.composite

@@ -29,7 +29,11 @@ HEAVY = (
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"], ["report", "-h"]],
+    [
+        ["--help"],
+        ["compare", "--help"],
+        *([command, "-h"] for command in ("train", "sweep", "evaluate", "export", "report", "flatness", "sensitivity")),
+    ],
 )
 def test_help_needs_no_heavy_package(arguments: list[str]) -> None:
     script = (

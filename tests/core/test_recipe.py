@@ -262,6 +262,12 @@ def test_what_a_file_cannot_name_is_refused() -> None:
         own.to_dict()
 
 
+def test_a_recipe_of_a_version_without_a_choice_for_batchnorm_is_read() -> None:
+    data = recipe(ema=cr.EMA(0.9)).to_dict()
+    assert data["ema"].pop("batchnorm") == "average"
+    assert cr.Recipe.from_dict(data) == recipe(ema=cr.EMA(0.9))
+
+
 def test_from_dict_leaves_its_argument_alone() -> None:
     data = recipe(overrides={"a": {"weights": None}}).to_dict()
     before = copy.deepcopy(data)
@@ -295,6 +301,7 @@ def test_dropping_the_idle_part_of_a_warm_up_changes_no_decay(decay) -> None:
     "make",
     [
         lambda: cr.EMA(quantized="no"),
+        lambda: cr.EMA(batchnorm="freeze"),
         lambda: cr.Consistency(temperature="hot"),
         lambda: cr.Consistency(threshold="high"),
         lambda: cr.MinMax(4, momentum="slow"),

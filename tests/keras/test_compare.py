@@ -227,6 +227,43 @@ def test_a_stopped_run_resumes_to_the_same_numbers(crcore, finished, tmp_path, m
         assert_same_history(run_of(tmp_path / "out", method)["history"], run_of(finished, method)["history"])
 
 
+# Sweep
+
+
+def test_a_sweep_over_what_becomes_of_batchnorm(crcore, tmp_path) -> None:
+    axes = ("--vary", "teacher-batchnorm=average,copy", "--vary", "reestimate-batchnorm=0,2")
+    arguments = (*KERAS, *SMALL, "--epochs", 1, "--methods", "qat+cr", "--out", tmp_path / "out")
+    outcome = crcore("sweep", *axes, *arguments)
+    assert outcome.status == 0, outcome.err
+    assert len(list((tmp_path / "out").rglob("float.keras"))) == 1
+    points = json.loads((tmp_path / "out/sweep.json").read_text())["points"]
+
+    def read(point: dict[str, Any], role: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """BatchNorm's statistics, and all other weights."""
+        network = keras.models.load_model(
+            tmp_path / "out" / point["methods"]["qat+cr"]["runs"] / f"seed0/{role}.keras", compile=False
+        )
+        statistics, others = [], []
+        for variable in network.weights:
+            kind = statistics if "moving" in variable.path else others
+            kind.append(keras.ops.convert_to_numpy(variable))
+        return statistics, others
+
+    averaged, averaged_anew, copied, copied_anew = ({r: read(p, r) for r in ("student", "teacher")} for p in points)
+    assert same(copied["teacher"][0], copied["student"][0])
+    assert not same(averaged["teacher"][0], averaged["student"][0])
+    for plain, anew in ((averaged, averaged_anew), (copied, copied_anew)):
+        for role in ("student", "teacher"):
+            assert not same(plain[role][0], anew[role][0])
+    assert same(averaged["student"][1], averaged_anew["student"][1])
+    assert same(averaged["teacher"][1], averaged_anew["teacher"][1])
+
+
+def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    assert len(left) == len(right) > 0
+    return all(np.array_equal(mine, other) for mine, other in zip(left, right, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "stored", "words"),
     [
