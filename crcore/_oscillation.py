@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crcore._ema import ema_update
 from crcore._errors import CRCoreError
 from crcore._packing import code_limits
 from crcore._schedules import as_schedule
@@ -60,8 +59,9 @@ def oscillation_update(state: Oscillation, codes: Array, momentum: float = MOMEN
     return Oscillation(
         codes,
         xp.where(change * change > 0.0, change, state.direction),
-        ema_update(state.frequency, oscillated, 1.0 - momentum),
-        ema_update(state.average, codes, 1.0 - momentum),
+        # Not by `ema_update`, whose 1 - (1 - momentum) is not quite momentum, which thresholds are compared with.
+        state.frequency + momentum * (oscillated - state.frequency),
+        state.average + momentum * (codes - state.average),
     )
 
 
@@ -249,6 +249,6 @@ def _ends(schedule: Any) -> list[float]:
 
 def _count(mask: Array, like: Array, xp: Any) -> int:
     ones = xp.where(mask, 1.0 + xp.zeros_like(like), xp.zeros_like(like))
-    # A mean, because a sum of float32 stops counting at 2^24.
+    # By the mean: a sum of float32 stops counting at 2^24. Rounded, so that small tensors are counted exactly.
     mean = xp.mean(xp.reshape(ones, (-1,)), axis=0)
     return round(float(mean) * math.prod(like.shape))
