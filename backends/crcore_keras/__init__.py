@@ -18,6 +18,7 @@ from crcore_keras._export import verify as verify
 from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
 from crcore_keras._load import load_model as load_model
+from crcore_keras._meter import OscillationMeter as OscillationMeter
 from crcore_keras._portable import load_portable as load_portable
 from crcore_keras._portable import save_portable as save_portable
 from crcore_keras._prepare import prepare as prepare
@@ -29,6 +30,7 @@ __all__ = [
     "ConsistencyModel",
     "FakeQuantize",
     "IntegerWeight",
+    "OscillationMeter",
     "convert",
     "export_litert",
     "export_onnx",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ SCALE = np.array([0.5])
 def tracked_by_a_loop(codes: list[int], momentum: float) -> tuple[float, float, int]:
     """Frequency, average and last direction of one weight, as the paper tells it."""
     frequency, average, last_change = 0.0, float(codes[0]), 0
-    for before, now in zip(codes, codes[1:], strict=False):
+    for before, now in pairwise(codes):
         oscillated = False
         if now != before:
             change = 1 if now > before else -1
