@@ -204,7 +204,9 @@ class ConsistencyModel(keras.Model):
         self._follow()  # before the student's statistics and observed ranges include this step
         x = self._joined(x)
         view = self._augmented(x, 0)
-        self._views.value = x, view
+        # Here, because on JAX `compute_loss` sees weights as they were before some were frozen.
+        dampening = self.recipe.dampening and dampening_loss(self.recipe.dampening, self.student, step=self._steps)
+        self._views.value = x, view, dampening
         return self.student(view, training=True)
 
     def compute_loss(
@@ -219,15 +221,14 @@ class ConsistencyModel(keras.Model):
         if self._ema is not None:  # not logged in `call`, from which JAX takes no metrics
             self._record("decay", self._decay_at(ops.maximum(self._updates - 1, 0)))
         step = self._count_batch()
+        inputs, view, dampening = given  # as `call` had them: in the dtype of the policy, of the engine's kind
         self._record("task_loss", task)
         total = task
-        if self.recipe.dampening is not None:
-            term = dampening_loss(self.recipe.dampening, self.student, step=step)
-            self._record("dampening_loss", term)
-            total = total + ops.cast(term, task.dtype)
+        if dampening is not None:
+            self._record("dampening_loss", dampening)
+            total = total + ops.cast(dampening, task.dtype)
         if self.recipe.consistency is None:
             return total
-        inputs, view = given  # as `call` had them: in the dtype of the policy, of the engine's kind
         if not self._distills:
             view = self._augmented(inputs, 1)
         target = self._teacher_logits(self.teacher(view, training=False))
@@ -372,7 +373,7 @@ class ConsistencyModel(keras.Model):
 
 
 class _Scratch:
-    """Carries the inputs and the student's view from ``call`` to ``compute_loss``, within one trace of one step."""
+    """Carries inputs, the student's view and the dampening term from ``call`` to ``compute_loss``, within one trace."""
 
     value: Any = None
 
