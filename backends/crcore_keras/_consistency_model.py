@@ -204,8 +204,11 @@ class ConsistencyModel(keras.Model):
         self._follow()  # before the student's statistics and observed ranges include this step
         x = self._joined(x)
         view = self._augmented(x, 0)
-        # Here, because on JAX `compute_loss` sees weights as they were before some were frozen.
-        dampening = self.recipe.dampening and dampening_loss(self.recipe.dampening, self.student, step=self._steps)
+        dampening = None
+        if self.recipe.dampening is not None:
+            # Here, because on JAX `compute_loss` sees weights as they were before some were frozen. A copy of the step:
+            # TensorFlow may read the variable itself only after this batch was counted.
+            dampening = dampening_loss(self.recipe.dampening, self.student, step=ops.copy(self._steps))
         self._views.value = x, view, dampening
         return self.student(view, training=True)
 
