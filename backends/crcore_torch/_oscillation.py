@@ -37,9 +37,9 @@ class _Weight(NamedTuple):
 class OscillationMeter(Follower):
     """How many integer weights change, and how many oscillate, in a window of training.
 
-    The window begins when the meter is made, and anew with `reset`. Four numbers are kept for each weight, and the weights
-    are quantized once more after each step: follow for the steps that you want to know of. Where a `Freezer` follows the
-    same optimizer, let it follow first.
+    The window begins when the meter is made, and anew with `reset`. Four numbers are kept for each weight, and weights
+    are quantized once more after each step: follow for the steps that you want to know of. Where a `Freezer` follows
+    the same optimizer, let it follow first.
 
     Args:
         student: a model from `prepare`, wrapped or not; not changed.
