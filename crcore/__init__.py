@@ -24,6 +24,12 @@ from crcore._ema import EMA as EMA
 from crcore._ema import ema_update as ema_update
 from crcore._errors import CRCoreError as CRCoreError
 from crcore._grid import IntGrid as IntGrid
+from crcore._oscillation import Dampening as Dampening
+from crcore._oscillation import Freezing as Freezing
+from crcore._oscillation import FreezingState as FreezingState
+from crcore._oscillation import Oscillation as Oscillation
+from crcore._oscillation import OscillationRates as OscillationRates
+from crcore._oscillation import oscillation_update as oscillation_update
 from crcore._packing import code_dtype as code_dtype
 from crcore._packing import code_limits as code_limits
 from crcore._portable import PortableCheckpoint as PortableCheckpoint
@@ -51,12 +57,17 @@ __all__ = [
     "PACT",
     "CRCoreError",
     "Consistency",
+    "Dampening",
     "Divergence",
     "DoReFa",
+    "Freezing",
+    "FreezingState",
     "IntGrid",
     "LSQPlus",
     "LayerQuantizers",
     "MinMax",
+    "Oscillation",
+    "OscillationRates",
     "PortableCheckpoint",
     "PortableLayer",
     "QuantizedCheckpoint",
@@ -73,5 +84,6 @@ __all__ = [
     "kl_divergence",
     "linear_ramp",
     "mse_divergence",
+    "oscillation_update",
     "sigmoid_ramp",
 ]

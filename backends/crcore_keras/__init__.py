@@ -20,6 +20,7 @@ from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
 from crcore_keras._landscape import Landscape as Landscape
 from crcore_keras._load import load_model as load_model
+from crcore_keras._meter import OscillationMeter as OscillationMeter
 from crcore_keras._portable import load_portable as load_portable
 from crcore_keras._portable import save_portable as save_portable
 from crcore_keras._prepare import prepare as prepare
@@ -32,6 +33,7 @@ __all__ = [
     "FakeQuantize",
     "IntegerWeight",
     "Landscape",
+    "OscillationMeter",
     "convert",
     "export_litert",
     "export_onnx",

@@ -22,6 +22,9 @@ from crcore_torch._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_torch._landscape import Landscape as Landscape
 from crcore_torch._loss import ConsistencyLoss as ConsistencyLoss
 from crcore_torch._optim import parameter_groups as parameter_groups
+from crcore_torch._oscillation import DampeningLoss as DampeningLoss
+from crcore_torch._oscillation import Freezer as Freezer
+from crcore_torch._oscillation import OscillationMeter as OscillationMeter
 from crcore_torch._portable import load_portable as load_portable
 from crcore_torch._portable import save_portable as save_portable
 from crcore_torch._prepare import prepare as prepare
@@ -31,9 +34,12 @@ from crcore_torch._teacher import Teacher as Teacher
 
 __all__ = [
     "ConsistencyLoss",
+    "DampeningLoss",
     "FakeQuantize",
+    "Freezer",
     "IntegerWeight",
     "Landscape",
+    "OscillationMeter",
     "Teacher",
     "convert",
     "export_litert",

@@ -274,6 +274,20 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group.add_argument("--kd-weight", type=float, default=1.0, metavar="X", help="of qat+kd's term")
     group.add_argument("--kd-temperature", type=float, default=2.0, metavar="X", help="of qat+kd's softmaxes")
 
+    group = parser.add_argument_group("weights that oscillate between two integers (Nagel et al., 2022)")
+    group.add_argument(
+        "--dampening",
+        type=float,
+        metavar="X",
+        help="pull weights to the middle of their bins: the factor of that term, at the end of its cosine ramp",
+    )
+    group.add_argument(
+        "--freezing",
+        type=float,
+        metavar="X",
+        help="freeze weights whose frequency of oscillation is above X at the end, and above 4 X at the start",
+    )
+
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")

@@ -10,7 +10,16 @@ if TYPE_CHECKING:
 
 # Settings that only some methods read, by the trait of those that do. Every other setting decides every run.
 READ_BY = {
-    "quantized": ("quantizer", "weight_bits", "activation_bits", "epochs", "lr", "reestimate_batchnorm"),
+    "quantized": (
+        "quantizer",
+        "weight_bits",
+        "activation_bits",
+        "epochs",
+        "lr",
+        "dampening",
+        "freezing",
+        "reestimate_batchnorm",
+    ),
     "average": ("ema_decay", "teacher_batchnorm"),
     "distillation": ("kd_weight", "kd_temperature"),
     "consistency": ("consistency_weight", "ramp", "ramp_shape", "temperature", "threshold", "teacher_view"),

@@ -18,7 +18,7 @@ from crcore.cli._errors import CommandError, one_line
 from crcore.cli._files import write_text
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._network_info import NetworkInfo, network_recipe
-from crcore.cli._recipes import build_recipe
+from crcore.cli._recipes import build_recipe, quantization_of
 from crcore.cli._settings import NEWER, Settings, check_same_settings
 
 BEFORE_BACKENDS = {"backend": "torch", "engine": "torch"}  # what settings.json left out then
@@ -228,8 +228,7 @@ def describe(recipe: cr.Recipe) -> str:
 
 def check_same_quantization(stored: cr.Recipe, asked: cr.Recipe, *, what: str) -> None:
     """Two recipes quantize alike; how their networks are trained (consistency, average) may differ."""
-    bare = [replace(recipe, consistency=None, ema=None) for recipe in (stored, asked)]
-    if bare[0] != bare[1]:
+    if quantization_of(stored) != quantization_of(asked):
         raise CommandError(
             f"{what} was made with another recipe: {describe(stored)}; asked for: {describe(asked)}; "
             "give the same --quantizer, --weight-bits and --activation-bits"

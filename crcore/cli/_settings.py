@@ -54,6 +54,8 @@ class Settings:
     unlabeled: int | None = None  # 0: all
     teacher_batchnorm: Literal["average", "copy"] = "average"
     reestimate_batchnorm: int = 0  # batches
+    dampening: float | None = None
+    freezing: float | None = None
 
     def __post_init__(self) -> None:
         if self.backend == "keras":
@@ -89,6 +91,7 @@ class Settings:
             "--weight-decay": self.weight_decay,
             "--consistency-weight": self.consistency_weight,
             "--kd-weight": self.kd_weight,
+            "--dampening": self.dampening or 0.0,
         }
         for option, number in weights.items():
             if not (math.isfinite(number) and number >= 0):
@@ -97,6 +100,8 @@ class Settings:
             raise CommandError(f"--ramp is a fraction of the optimizer steps in (0, 1], got {self.ramp}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise CommandError(f"--ema-decay must be in [0, 1), got {self.ema_decay}; 0.99 is a good start")
+        if self.freezing is not None and not 0 <= self.freezing < 0.25:
+            raise CommandError(f"--freezing must be in [0, 0.25), got {self.freezing}; 0.01 is a good start")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise CommandError(f"--threshold is a probability in [0, 1), got {self.threshold}")
 
