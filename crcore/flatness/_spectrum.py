@@ -36,12 +36,12 @@ def top_eigenvalues(
         hessian: a `LossLandscape`, or anything with ``size`` and ``hvp(vector)``.
         k: how many, less than ``size``.
         by: "value": the most positive; "magnitude": the largest absolute values.
-        tolerance: of the residual ``|H v - e v|``, relative to the largest eigenvalue (with "magnitude", to each
-            eigenvalue ``e`` itself). An eigenvalue is off by no more, and usually by about the square of that. Products
-            in float32 are good to 1e-6.
+        tolerance: of the residual ``|H v - e v|`` of an eigenvalue ``e``, relative to ``|e| + |H|`` (with "magnitude",
+            to ``|e|``), where ``|H|`` is the largest absolute eigenvalue. ``e`` is off by no more, and usually by far
+            less. Products in float32 are good to 1e-6.
         restarts: how often Lanczos may start again, each time with about ``k`` products.
         seed: of the first vector.
-        progress: called after each product with the number of products so far; there are some hundreds for k = 50.
+        progress: called after each product with the number of products so far; for k = 50 there are 250 or so.
 
     Returns:
         ``[k]``, float64.

@@ -199,6 +199,22 @@ def test_impulse_noise_replaces_its_share_by_black_and_white() -> None:
     assert ((found != 0.5) == ((found == 0) | (found == 1))).all()
 
 
+def test_contrast_shrinks_each_channel_towards_its_own_mean() -> None:
+    given = images(2)
+    found, mean = corrupt(given, "contrast", 4), given.mean(axis=(2, 3), keepdims=True)
+    np.testing.assert_allclose(found - mean, 0.3 * (given - mean), atol=1e-12)
+
+
+def test_blur_spreads_a_point_within_its_channel() -> None:
+    given = np.zeros((2, 3, 15, 15))
+    given[0, 1, 7, 7] = 1.0
+    found = corrupt(given, "gaussian_blur", 5)
+    weights = np.exp(-(np.arange(-4, 5) ** 2) / 2)
+    weights /= weights.sum()
+    np.testing.assert_allclose(found[0, 1, 3:12, 3:12], np.outer(weights, weights), atol=1e-12)
+    np.testing.assert_allclose([found[0, 1].sum(), found.sum()], 1.0)
+
+
 def test_shot_noise_is_poisson() -> None:
     found = corrupt(np.full((20, 3, 32, 32), 0.4), "shot_noise", 5)
     np.testing.assert_allclose([found.mean(), found.var()], [0.4, 0.4 / 50], rtol=0.05)
@@ -281,6 +297,20 @@ def test_more_steps_find_the_highest_point_of_the_border() -> None:
     reach = 0.1 * np.linalg.norm(landscape.weights)
     np.testing.assert_allclose(sharpness(landscape, 0.1, steps=20).increase, 0.5 * 5.0 * reach**2, rtol=0.02)
     assert sharpness(landscape, 0.1, steps=1).increase < 0.5 * 2.0 * reach**2
+
+
+def test_a_step_that_leads_down_does_not_count() -> None:
+    """Over the top of a hill."""
+    landscape = linear()
+    top = landscape.weights + 1e-3
+
+    def loss(x: Any = None, weights: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        d = (landscape.weights if weights is None else weights) - top
+        return np.full(20, -d @ d), np.zeros((20, 3))
+
+    landscape.evaluate = loss  # type: ignore[method-assign]
+    landscape.gradient = lambda weights=None: -2 * (weights - top)  # type: ignore[method-assign]
+    assert sharpness(landscape, 0.5, steps=1).increase == 0.0
 
 
 @pytest.mark.parametrize("options", [{"radius": 0.0}, {"radius": np.nan}, {"steps": 0}])
