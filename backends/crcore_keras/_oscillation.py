@@ -59,7 +59,7 @@ def dampening_loss(dampening: Dampening, student: Any, *, step: Any) -> Any:
     terms = []
     for weight in quantized_weights(student):
         x, quantizer, *arrays = weight.arguments()
-        quantized = stop_gradient(quantizer.forward(stop_gradient(x), *arrays, xp=xp))
+        quantized = stop_gradient(quantizer.forward(x, *arrays, xp=xp))
         terms.append(dampening.distance(x, quantized, quantizer, *arrays, xp=xp))
     return dampening.weight_at(ops.cast(step, terms[0].dtype), xp=xp) * sum(terms)
 

@@ -94,7 +94,8 @@ def test_a_remedy_ends_an_oscillation(remedy):
 
 def test_a_training_with_both_remedies_is_a_plain_loop_in_numpy():
     steps, lr = 30, np.float32(0.2)
-    freezing, dampening = OFTEN, cr.Dampening(cr.linear_ramp(0.3, steps=20))
+    freezing = cr.Freezing(cr.linear_ramp(0.0, steps=16, start=0.8), momentum=0.3)
+    dampening = cr.Dampening(cr.linear_ramp(0.3, steps=20))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(steps, 4, 6)).astype("float32")
     y = rng.normal(size=(steps, 4, 3)).astype("float32")
@@ -130,10 +131,11 @@ def test_a_training_with_both_remedies_is_a_plain_loop_in_numpy():
     np.testing.assert_allclose(numbers(layer.weight_quantizer.scale), scale.item(), atol=1e-5)
 
 
-def test_the_meter_counts_what_a_loop_over_the_weights_counts():
-    model = model_of(recipe())
+@pytest.mark.parametrize("remedy", [{}, {"freezing": OFTEN}])
+def test_the_meter_counts_what_a_loop_over_the_weights_counts(remedy):
+    model = model_of(recipe(**remedy), lr=1.0)
     meter, watch = crk.OscillationMeter(model.student), Watch(model.student)
-    fitted(model, epochs=1, batch_size=1, callbacks=[meter, watch])
+    fitted(model, epochs=2, batch_size=1, callbacks=[meter, watch])
     start = codes_of(model.student)
     fitted(model, epochs=1, batch_size=1, callbacks=[meter, watch])
     states = [cr.Oscillation.start(codes) for codes in start]

@@ -212,6 +212,13 @@ def test_a_dampening_of_zero_is_plain_training_to_the_bit() -> None:
     assert_same_bits(*results)
 
 
+def test_a_dampening_of_zero_makes_no_graph() -> None:
+    loss = crt.DampeningLoss(cr.Dampening(cr.linear_ramp(1.0, steps=5)))
+    student = student_of()
+    assert not loss(student, step=0).requires_grad
+    assert loss(student, step=1).requires_grad
+
+
 def test_the_step_may_be_a_tensor() -> None:
     student = student_of()
     loss = crt.DampeningLoss(cr.Dampening(cr.cosine_ramp(1.0, steps=4)))
