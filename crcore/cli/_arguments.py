@@ -165,14 +165,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", default="digits", metavar="PATH", help=DATA_HELP)
     group.add_argument(
         "--labels",
-        type=_labels,
+        type=_images,
         metavar="N",
         help="keep N labels (stratified, chosen by the seed); the other training images are unlabeled. "
         "Default: 200 for digits, otherwise all",
     )
     group.add_argument(
         "--unlabeled",
-        type=_labels,
+        type=_images,
         metavar="N",
         help="use only N of the unlabeled images, chosen by the seed; default: all",
     )
@@ -422,7 +422,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="as in crcore compare; default: what RUN was trained on")
 
 
-def _labels(text: str) -> int:
+def _images(text: str) -> int:
     if text == "all":
         return 0
     try:

@@ -325,6 +325,18 @@ def test_resuming_without_a_value_names_it(crcore, out, options, words) -> None:
     assert contents(out) == before
 
 
+def test_what_an_earlier_version_did_not_store_counts_as_its_default(crcore, out) -> None:
+    before = contents(out)
+    stored = swept(out)
+    assert stored["settings"].pop("teacher_batchnorm") == "average"
+    (out / "sweep.json").write_text(json.dumps(stored))
+    arguments = ("sweep", *TINY, *METHODS_, *VARY, "--out", out, "--resume")
+    refused(crcore(*arguments, "--teacher-batchnorm", "copy"), "--teacher-batchnorm average, which is now missing")
+    outcome = crcore(*arguments)
+    assert outcome.status == 0, outcome.err
+    assert contents(out) == before
+
+
 def test_other_images_are_noticed(crcore, out, parquet_folder) -> None:
     outcome = crcore("sweep", *TINY, *METHODS_, *VARY, "--data", parquet_folder, "--out", out, "--resume")
     refused(outcome, "--data digits")

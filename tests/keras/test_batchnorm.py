@@ -82,7 +82,11 @@ def test_nothing_else_changes_and_training_goes_on(quantizer):
     for variable, old in zip(model.variables, before, strict=True):
         new = ops.convert_to_numpy(variable)
         assert np.any(new != old) if id(variable) in measured else np.array_equal(new, old), variable.path
-    assert np.any(statistics(norms[0])[0] != statistics(norms[1])[0])  # each through its own weights
+    for network, norm in zip((model.student, model.teacher), norms, strict=True):  # each through its own weights
+        hidden = [ops.convert_to_numpy(network.get_layer("hidden")(x, training=False)) for x in batches()]
+        mean, variance = statistics(norm)
+        np.testing.assert_allclose(mean, np.mean([h.mean(0) for h in hidden], axis=0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(variance, np.mean([h.var(0) for h in hidden], axis=0), rtol=1e-5, atol=1e-6)
     after = statistics(norms[0])
     fitted(model)
     assert np.any(statistics(norms[0])[0] != after[0])

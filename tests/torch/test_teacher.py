@@ -64,8 +64,9 @@ def test_it_is_the_cores_average_of_parameters_scales_and_statistics(ema):
     assert torch.equal(teacher.model[1].num_batches_tracked, student[1].num_batches_tracked)
 
 
-def test_batchnorm_statistics_are_copied_where_the_average_says_so():
-    student = started(convnet(), batch=images()[0])
+@pytest.mark.parametrize("quantizer", [cr.LSQ(4), cr.MinMax(4)])
+def test_batchnorm_statistics_are_copied_where_the_average_says_so(quantizer):
+    student = started(convnet(), cr.Recipe(quantizer, quantizer), batch=images()[0])
     averaged, copied = (crt.Teacher(student, cr.EMA(0.9, batchnorm=policy)) for policy in ("average", "copy"))
     optimizer = sgd(student)
     for teacher in (averaged, copied):

@@ -1,0 +1,137 @@
+"""The runs behind docs/results.md: does consistency regularization deliver, and when?
+
+Each is one command, listed in RUNS. What it wrote is copied to docs/results/NAME, and
+`python benchmarks/results_page.py` makes the page of it. Runs are resumed where they stopped; all of them take hours on
+two cores.
+
+examples:
+  python benchmarks/evidence.py --data cifar10/                 all of them
+  python benchmarks/evidence.py --data cifar10/ --only lambda unlabeled
+  python benchmarks/evidence.py --list                          their command lines
+
+The CIFAR-10 of the recorded results is a JPEG re-encoding, scaled to 16x16 pixels, tested on 5,000 of the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared import progress
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+CIFAR = "--data {data} --image-size 16 --student-view strong"
+# 1,500 optimizer steps; a pass over 250 labeled images, in batches of 64, is 3 of them, over 1,000 it is 15.
+FEWEST = f"{CIFAR} --labels 250 --epochs 500 --evaluate-every 125"
+FEW = f"{CIFAR} --labels 1000 --epochs 100 --evaluate-every 25"
+DIGITS = "--epochs 200 --student-view strong --evaluate-every 100"
+SWEEP = ("sweep.json", "table.md", "sweep.png")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command, and what of its output folder is kept."""
+
+    command: str  # without --out; {data} and {networks} are filled in
+    kept: tuple[str, ...] = SWEEP
+    of: str | None = None  # the sweep whose networks are measured
+    methods: tuple[str, ...] = ()  # of that sweep
+    point: int = 0  # of that sweep
+
+
+COMPARED = ("fp32", "qat", "qat+cr", "qat+cr+unlabeled")
+RUNS = {
+    "digits-labels": Run(f"crcore sweep {DIGITS} --vary labels=30,60,120 --vary consistency-weight=1,5 --seeds 5"),
+    "labels-250": Run(
+        f"crcore sweep {FEWEST} --vary bits=4 --consistency-weight 5 --seeds 5 "
+        "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
+    ),
+    "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 5"),
+    "labels-4000": Run(
+        f"crcore sweep {CIFAR} --labels 4000 --epochs 24 --evaluate-every 6 --vary student-view=strong,weak"
+    ),
+    "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 2 --vary bits=4,2"),
+    "flatness": Run(
+        "crcore flatness {networks} --top 50 --samples 250",
+        kept=("flatness.json", "flatness.png"),
+        of="labels-250",
+        methods=COMPARED,
+    ),
+    "sensitivity": Run(
+        "crcore sensitivity {networks} --samples 1000 --draws 5",
+        kept=("sensitivity.json", "sensitivity.png"),
+        of="labels-250",
+        methods=COMPARED,
+    ),
+}
+
+
+def main() -> None:
+    """Run what was asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of CIFAR-10's parquet files")
+    parser.add_argument("--only", nargs="+", choices=tuple(RUNS), default=tuple(RUNS), metavar="NAME", help="some runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="where runs are kept")
+    parser.add_argument("--list", action="store_true", help="print the command lines and end")
+    given = parser.parse_args()
+    for name in given.only:
+        run = RUNS[name]
+        if given.list:
+            print(f"{name}\n    {run.command.format(data='cifar10/', networks='NETWORKS')}\n")
+            continue
+        if "{data}" in run.command and given.data is None:
+            parser.error(f"{name} needs --data, a folder of CIFAR-10's parquet files")
+        progress(f"{name}: {run.command}")
+        out = given.out / name
+        out.mkdir(parents=True, exist_ok=True)
+        if run.of is None:
+            start(run.command.format(data=given.data), "--out", str(out), "--resume")
+        else:
+            networks = shlex.join(map(str, networks_of(run, given.out / run.of)))
+            figure, file = (out / f"{name}.{ending}" for ending in ("png", "json"))
+            file.write_text(start(run.command.format(networks=networks), "--out", str(figure), "--json"))
+        folder = RESULTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for kept in run.kept:
+            shutil.copyfile(out / kept, folder / kept)
+
+
+def start(command: str, *options: str) -> str:
+    """Run a command in this Python, with the networks that stand beside this file at hand; return what it printed."""
+    path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    measures = "--json" in options
+    done = subprocess.run(
+        [sys.executable, "-m", "crcore.cli", *shlex.split(command)[1:], *options],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE if measures else None,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def networks_of(run: Run, sweep: Path) -> list[Path]:
+    """The student (or float) checkpoints of a finished sweep's methods, of every seed."""
+    file = sweep / "sweep.json"
+    if not file.exists():
+        sys.exit(f"{file} is missing: run --only {run.of} first")
+    methods = json.loads(file.read_text(encoding="utf-8"))["points"][run.point]["methods"]
+    return [
+        sweep / methods[name]["runs"] / f"seed{seed}" / f"{'float' if name == 'fp32' else 'student'}.safetensors"
+        for name in run.methods
+        for seed in methods[name]["accuracy"]
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Consistency on students that other libraries quantized: does it gain there what it gains on crcore's own?
+
+For each seed one float network is trained, as `crcore compare` does; each library then makes its 4-bit student of it,
+which is trained plainly (with its average beside it, the control) and with consistency, by the command's own loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch_students
+from rich.console import Console
+from shared import names_of, progress
+
+from crcore.cli._arguments import build_parser, settings_from
+from crcore.cli._files import write_text
+from crcore.cli._methods import METHODS
+from crcore.cli._progress import Progress
+from crcore.cli._report import markdown
+from crcore.cli._runs import SeedRuns
+from crcore.cli._session import Session, open_session, recipe_of
+
+LIBRARIES = ("brevitas", "torchao", "crcore")
+TRAINED = ("qat+ema", "qat+cr", "qat+cr+unlabeled")
+
+
+def main() -> None:
+    """Read the options, train, write results.json and table.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="options that are not listed are those of crcore compare, --data and --out needed"
+    )
+    parser.add_argument("--libraries", type=names_of(LIBRARIES), default=LIBRARIES)
+    parser.add_argument("--students", type=names_of(TRAINED), default=("qat+ema", "qat+cr"))
+    options, others = parser.parse_known_args()
+    settings = settings_from(build_parser("0").parse_args(["compare", "--methods", "fp32", *others]))
+    out = Path(build_parser("0").parse_args(["compare", *others]).out)
+    session = open_session(settings, out=out, resume=out.exists())
+    records = [
+        record for library in options.libraries for record in runs_of(library, options.students, session, Console())
+    ]
+    versions = session.versions | {name: importlib.metadata.version(name) for name in LIBRARIES}
+    result = {
+        "format": 1,
+        "command": " ".join(["python", *sys.argv]),
+        "settings": session.settings.to_dict(),
+        "versions": versions,
+        "runs": [{key: value for key, value in record.items() if key != "history"} for record in records],
+    }
+    write_text(out / "results.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "table.md", "\n".join(tables(records, session)))
+    progress(f"wrote {out}/results.json and table.md")
+
+
+def runs_of(library: str, students: tuple[str, ...], session: Session, console: Console) -> list[dict[str, Any]]:
+    """The records of one library's students, each trained now or read from an earlier run."""
+    return [run(library, name, session, seed, console) for seed in session.settings.seeds for name in students]
+
+
+def run(library: str, name: str, session: Session, seed: int, console: Console) -> dict[str, Any]:
+    """Train one student of one library with one method and one seed."""
+    folder = session.out / f"seed{seed}" / library / name
+    file = folder / "run.json"
+    if file.exists():
+        finished: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, method = session.settings, METHODS[name]
+    batches = session.batches(seed)
+    steps = settings.epochs * batches.steps_per_epoch
+    with Progress(console, steps) as shown:
+        runs = SeedRuns(session, seed, shown)
+        network, float_record = runs.float_network()
+        x, _ = batches.student(0)
+        student = torch_students.student(library, network.train(), x)
+        shown.title = f"seed {seed} {library} {name}"
+        _, record = session.backend.train(
+            student,
+            method,
+            recipe=recipe_of(settings, method, steps=steps),
+            reference=None,
+            epochs=settings.epochs,
+            lr=settings.lr,
+            **runs._common(folder),
+        )
+    (folder / session.backend.progress_name).unlink(missing_ok=True)
+    final = record["history"][-1]
+    record = record | {
+        "seed": seed,
+        "method": name,
+        "library": library,
+        "differs": method.summary,
+        "accuracy": final["accuracy"],
+        "teacher_accuracy": final["teacher_accuracy"],
+        "float_steps": float_record["steps"],
+    }
+    write_text(file, json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def tables(records: list[dict[str, Any]], session: Session) -> list[str]:
+    """A table for each library, in which the average's control stands for plain QAT: its student is plain QAT's."""
+    from crcore.cli._commands import _data
+
+    found = []
+    for library in dict.fromkeys(record["library"] for record in records):
+        mine = [record for record in records if record["library"] == library]
+        plain = [
+            record | {"method": "qat", "teacher_accuracy": None} for record in mine if record["method"] == "qat+ema"
+        ]
+        settings = replace(session.settings, quantizer=library).to_dict()
+        found.append(markdown([*plain, *mine], settings, _data(session)))
+    return found
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")  # what the libraries import is deprecated in torch
+    main()

@@ -1,0 +1,177 @@
+"""Write the tables and figures of docs/results.md from what evidence.py recorded.
+
+They stand between two lines of the page, `<!-- KIND NAME -->` and `<!-- end -->`, and are made of docs/results/NAME.
+
+examples:
+  python benchmarks/results_page.py            rewrite them
+  python benchmarks/results_page.py --check    say whether they are what the results give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evidence import RESULTS, ROOT, RUNS
+from performance_page import grid
+
+from crcore.cli._report import gain, spread
+
+PAGE = ROOT / "docs" / "results.md"
+PART = re.compile(r"(<!-- (?P<kind>\w+) (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def main() -> None:
+    """Rewrite the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a part is another")
+    given = parser.parse_args()
+    old = PAGE.read_text(encoding="utf-8")
+    new = updated(old)
+    if given.check and old != new:
+        sys.exit(f"{PAGE} is not what the results give; run: python benchmarks/{Path(__file__).name}")
+    PAGE.write_text(new, encoding="utf-8")
+
+
+def updated(page: str) -> str:
+    """The page with its parts made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        if match["kind"] not in PARTS:
+            raise SystemExit(f"no part {match['kind']!r}; there are {', '.join(PARTS)}")
+        return f"{match[1]}\n{PARTS[match['kind']](match['name'])}\n\n{match[4]}"
+
+    return PART.sub(made, page)
+
+
+def read(name: str, file: str) -> Any:
+    """A recorded file."""
+    return json.loads((RESULTS / name / file).read_text(encoding="utf-8"))
+
+
+def command(name: str) -> str:
+    """What to type; NETWORKS are the checkpoints of a sweep, of all seeds."""
+    line = RUNS[name].command.format(data="cifar10/", networks="NETWORKS")
+    return f"`{line}`"
+
+
+def sweep(name: str) -> str:
+    """The table of a sweep: a row for each run that is not the run of an earlier row."""
+    found = read(name, "sweep.json")
+    head = ["method", *found["axes"], "accuracy %", "average %", "gain over qat", "average over qat+ema's average"]
+    rows, shown = [], set()
+    for point in found["points"]:
+        for method, result in point["methods"].items():
+            if result["runs"] in shown:
+                continue
+            shown.add(result["runs"])
+            same = [p for p in found["points"] if p["methods"].get(method, {}).get("runs") == result["runs"]]
+            rows.append([method, *(values(axis, same, found) for axis in found["axes"]), *cells(result)])
+    order = list(found["points"][0]["methods"])
+    rows.sort(key=lambda row: order.index(row[0]))
+    seeds = len(found["settings"]["seeds"])
+    figure = f"![Accuracy over {' and '.join(found['axes'])}](results/{name}/sweep.png)"
+    return f"{command(name)}, {seeds} seeds\n\n{grid(head, rows)}\n\n{figure}"
+
+
+def values(axis: str, same: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    """The values of an axis that a run stands for."""
+    here = list(dict.fromkeys(point["values"][axis] for point in same))
+    if len(here) > 1 and len(here) == len(found["axes"][axis]):
+        return "any"
+    return ", ".join(f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in here)
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """Accuracy and gains of one method at one point."""
+    average = result["teacher_accuracy"]
+    return [
+        str(spread(list(result["accuracy"].values()))),
+        "-" if average is None else str(spread(list(average.values()))),
+        interval(result["gain_over_qat"]["student"]),
+        interval(result["gain_over_control"]["teacher"]),
+    ]
+
+
+def interval(found: dict[str, Any] | None) -> str:
+    """A mean gain with its 95 % confidence interval; in bold where that does not hold zero."""
+    if found is None:
+        return "-"
+    text = f"{found['mean']:+.2f}"
+    if found["interval"] is None:
+        return text
+    low, high = found["interval"]
+    text = f"{text} [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def by_method(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Measurements of the seeds of each method."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for each in found:
+        methods.setdefault(each["method"], []).append(each)
+    return methods
+
+
+def flatness(name: str) -> str:
+    """Eigenvalues and trace, mean and deviation over the networks of all seeds, and the change from plain QAT."""
+    methods = by_method(read(name, "flatness.json"))
+    columns: dict[str, Callable[[dict[str, Any]], float]] = {
+        "largest": lambda each: each["eigenvalues"][0],
+        "mean of the top 50": lambda each: sum(each["eigenvalues"]) / len(each["eigenvalues"]),
+        "50th": lambda each: each["eigenvalues"][-1],
+        "trace": lambda each: each["trace"]["mean"],
+        "training loss": lambda each: each["loss"],
+    }
+    return measured(name, methods, columns)
+
+
+def sensitivity(name: str) -> str:
+    """Accuracy, and what is lost under the largest disturbance of each kind."""
+
+    def lost(group: str) -> Callable[[dict[str, Any]], float]:
+        def mean(each: dict[str, Any]) -> float:
+            curves = [curve["accuracy"]["mean"] for curve in each["curves"] if curve["group"] == group]
+            return sum(curve[-1] - curve[0] for curve in curves) / len(curves)
+
+        return mean
+
+    columns: dict[str, Callable[[dict[str, Any]], float]] = {
+        "accuracy %": lambda each: each["curves"][0]["accuracy"]["mean"][0],
+        "input noise 0.1, points": lost("input"),
+        "corruptions at severity 5, points": lost("corruption"),
+        "weight noise 0.3, points": lost("weights"),
+        "sharpness at 0.01": lambda each: each["sharpness"]["increase"][1],
+    }
+    return measured(name, by_method(read(name, "sensitivity.json")), columns)
+
+
+def measured(
+    name: str,
+    methods: dict[str, list[dict[str, Any]]],
+    columns: dict[str, Callable[[dict[str, Any]], float]],
+) -> str:
+    """A row for each method; under it the paired difference from plain QAT."""
+    rows = []
+    for method, each in methods.items():
+        rows.append([method, *(str(spread([value(one) for one in each])) for value in columns.values())])
+        if method not in ("fp32", "qat"):
+            pairs = list(zip(each, methods["qat"], strict=True))
+            changes = (gain([value(mine) - value(plain) for mine, plain in pairs]) for value in columns.values())
+            rows.append([f"{method} - qat", *map(str, changes)])
+    of = RUNS[name].of
+    seeds = len(next(iter(methods.values())))
+    figure = f"![{name}](results/{name}/{name}.png)"
+    return f"{command(name)}, the networks of `{of}`, {seeds} seeds\n\n{grid(['method', *columns], rows)}\n\n{figure}"
+
+
+PARTS: dict[str, Callable[[str], str]] = {"sweep": sweep, "flatness": flatness, "sensitivity": sensitivity}
+
+
+if __name__ == "__main__":
+    main()
