@@ -11,6 +11,8 @@ ARGS ?=
 # The Keras tests run on each of the engines, each time in a process of its own; ENGINE is for a part of the tests.
 ENGINES = jax tensorflow torch
 ENGINE ?= torch
+# The page of crcore report is tested in one of these.
+BROWSERS = chromium google-chrome google-chrome-stable chromium-browser
 KERAS_TESTS = tests/keras tests/parity/test_keras.py backends/crcore_keras
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -21,15 +23,15 @@ ENGINE_OPTIONS = TF_CPP_MIN_LOG_LEVEL=2 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VE
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench browser clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-cli  ## install, train the digits in float, QAT and QAT + consistency, print the table
 	$(OFFLINE) $(VENV)/bin/python -m crcore.cli compare $(ARGS)
 
-test: $(VENV)/.installed-dev  ## install, run all tests, those of Keras on each engine
+test: browser  ## install, run all tests, those of Keras on each engine
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory --jobs 2 $(ENGINES:%=test-on-%) test-on-core
 else
@@ -41,6 +43,17 @@ test-on-%:
 	@echo "$@: running, takes minutes"
 	@log=$(VENV)/$@.log; status=0; $(OFFLINE) $(ENGINE_OPTIONS) OMP_NUM_THREADS=1 KERAS_BACKEND=$(if $(filter core,$*),$(ENGINE),$*) \
 	  $(VENV)/bin/python -m pytest $(if $(filter core,$*),,$(KERAS_TESTS)) > $$log 2>&1 || status=$$?; cat $$log; exit $$status
+
+# Debian has a package, Ubuntu has none that runs without snap. Without a browser the tests go on, and those that need one fail.
+browser: $(VENV)/.installed-dev  ## install a browser for the tests where there is none (as root, on Debian and Ubuntu)
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get -qq update; \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium && exit 0; \
+	    $(VENV)/bin/python -m playwright install --with-deps chromium && exit 0; \
+	  fi; \
+	  echo "make: no browser for the tests of crcore report; install one of $(BROWSERS)," \
+	    "as by: sudo apt-get install chromium" >&2
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(VENV)/bin/python -m ruff check .

@@ -16,6 +16,7 @@ no framework; `crcore_torch` binds it to PyTorch.
 
 from crcore._checkpoints import PortableLayer as PortableLayer
 from crcore._consistency import Consistency as Consistency
+from crcore._divergences import cross_entropy as cross_entropy
 from crcore._divergences import js_divergence as js_divergence
 from crcore._divergences import kl_divergence as kl_divergence
 from crcore._divergences import mse_divergence as mse_divergence
@@ -23,6 +24,12 @@ from crcore._ema import EMA as EMA
 from crcore._ema import ema_update as ema_update
 from crcore._errors import CRCoreError as CRCoreError
 from crcore._grid import IntGrid as IntGrid
+from crcore._oscillation import Dampening as Dampening
+from crcore._oscillation import Freezing as Freezing
+from crcore._oscillation import FreezingState as FreezingState
+from crcore._oscillation import Oscillation as Oscillation
+from crcore._oscillation import OscillationRates as OscillationRates
+from crcore._oscillation import oscillation_update as oscillation_update
 from crcore._packing import code_dtype as code_dtype
 from crcore._packing import code_limits as code_limits
 from crcore._portable import PortableCheckpoint as PortableCheckpoint
@@ -50,12 +57,17 @@ __all__ = [
     "PACT",
     "CRCoreError",
     "Consistency",
+    "Dampening",
     "Divergence",
     "DoReFa",
+    "Freezing",
+    "FreezingState",
     "IntGrid",
     "LSQPlus",
     "LayerQuantizers",
     "MinMax",
+    "Oscillation",
+    "OscillationRates",
     "PortableCheckpoint",
     "PortableLayer",
     "QuantizedCheckpoint",
@@ -66,10 +78,12 @@ __all__ = [
     "code_limits",
     "constant",
     "cosine_ramp",
+    "cross_entropy",
     "ema_update",
     "js_divergence",
     "kl_divergence",
     "linear_ramp",
     "mse_divergence",
+    "oscillation_update",
     "sigmoid_ramp",
 ]

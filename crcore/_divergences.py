@@ -1,9 +1,10 @@
-"""How far the student's prediction is from the teacher's. Smooth functions of logits: a backend differentiates them.
+"""How far the student's prediction is from the teacher's, or from labels. Smooth: backends differentiate them.
 
 All take logits of any rank with the classes on ``axis`` and return one value per prediction, the class axis reduced
-away. All are multiplied by ``temperature**2``, so that the gradient keeps its size when the temperature changes (Hinton
-et al., 2015, arXiv 1503.02531, section 2). At temperature 1 they are finite for logits of +-1e4, in float16 too; at
-others ``logits / temperature`` or the factor may leave float16's range, so backends compute them in float32.
+away. Those of student and teacher are multiplied by ``temperature**2``, so that the gradient keeps its size when the
+temperature changes (Hinton et al., 2015, arXiv 1503.02531, section 2). At temperature 1 all are finite for logits of
++-1e4, in float16 too; at others ``logits / temperature`` or the factor may leave float16's range, so backends compute
+them in float32.
 """
 
 from __future__ import annotations
@@ -70,6 +71,33 @@ def mse_divergence(student: Array, teacher: Array, *, axis: int = -1, temperatur
     log_q, log_p = _log_probabilities(student, teacher, axis, temperature, xp)
     difference = xp.exp(log_p) - xp.exp(log_q)
     return temperature**2 * xp.mean(difference * difference, axis=axis)
+
+
+def cross_entropy(logits: Array, targets: Array, *, axis: int = -1, xp: Any = np) -> Array:
+    """Cross entropy of a classifier, ``-sum_c targets_c log softmax(logits)_c``, in nats: the usual task loss.
+
+    Args:
+        logits: classes on ``axis``.
+        targets: probabilities of the same shape and dtype; one-hot for a label.
+        axis: the class axis.
+        xp: the array namespace.
+
+    Returns:
+        the shape of the logits without ``axis``.
+
+    Raises:
+        CRCoreError: the shapes differ.
+
+    >>> import numpy as np
+    >>> float(cross_entropy(np.array([3.0, 3.0]), np.array([1.0, 0.0])))  # log(2)
+    0.6931471805599453
+    """
+    if not same_shape(logits.shape, targets.shape):
+        raise CRCoreError(
+            f"targets must have the logits' shape, got {tuple(targets.shape)} for {tuple(logits.shape)}; give labels "
+            "one-hot"
+        )
+    return -xp.sum(targets * _log_softmax(logits, axis, xp), axis=axis)
 
 
 def confidence(logits: Array, *, axis: int = -1, xp: Any = np) -> Array:

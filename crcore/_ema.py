@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,9 +41,12 @@ class EMA:
             a shorter warm-up ends in a jump to ``decay``.
         quantized: whether the teacher's forward pass is fake-quantized with the average's own scales, as the student's
             is. False gives a float teacher that averages quantized students.
+        batchnorm: what becomes of BatchNorm's running mean and variance: ``"average"`` averages them like the weights,
+            ``"copy"`` takes the student's after each update, as Mean Teacher's code does for all buffers. An average
+            of weights has statistics of its own, which neither is: see ``reestimate_batchnorm`` of the backends.
 
     Raises:
-        CRCoreError: a number outside [0, 1], or a warm-up that is not a whole number of steps.
+        CRCoreError: a number outside [0, 1], a warm-up that is not a whole number of steps, or another ``batchnorm``.
 
     >>> ema = EMA(decay=0.999, warmup=2_000)
     >>> [round(float(ema.decay_at(t)), 4) for t in (0, 90, 1_999, 2_000)]
@@ -53,6 +56,7 @@ class EMA:
     decay: float | Schedule = 0.999
     warmup: int = 0
     quantized: bool = True
+    batchnorm: Literal["average", "copy"] = "average"
 
     def __post_init__(self) -> None:
         schedule = as_schedule("decay", self.decay)
@@ -65,6 +69,8 @@ class EMA:
             raise CRCoreError(f"warmup must be a whole number of optimizer steps, at least 0, got {self.warmup!r}")
         if not isinstance(self.quantized, bool):
             raise CRCoreError(f"quantized must be True or False, got {self.quantized!r}")
+        if self.batchnorm not in ("average", "copy"):
+            raise CRCoreError(f"batchnorm must be 'average' or 'copy', got {self.batchnorm!r}")
         if isinstance(schedule, Constant):
             # The cap only rises: a warm-up that outlasts it acts no longer than to where it reaches the decay.
             object.__setattr__(self, "warmup", _end_of_cap(schedule.value, self.warmup))

@@ -14,6 +14,7 @@ from crcore._divergences import js_divergence, kl_divergence, mse_divergence
 from crcore._ema import EMA
 from crcore._errors import CRCoreError
 from crcore._grid import check_bits
+from crcore._oscillation import Dampening, Freezing
 from crcore._quantizers import LSQ, PACT, DoReFa, LSQPlus, MinMax
 from crcore._schedules import Constant, Ramp
 from crcore._typing import Quantizer, Role
@@ -22,8 +23,13 @@ VERSION = 1
 
 # What a saved recipe may name. Reading one looks names up here and never imports or runs anything.
 _VALUES: Mapping[str, type] = MappingProxyType(
-    {cls.__name__: cls for cls in (LSQ, LSQPlus, PACT, DoReFa, MinMax, Constant, Ramp, Consistency, EMA)}
+    {
+        cls.__name__: cls
+        for cls in (LSQ, LSQPlus, PACT, DoReFa, MinMax, Constant, Ramp, Consistency, EMA, Dampening, Freezing)
+    }
 )
+# Entries that recipes were saved without before there were any, and still are where they are None.
+_NEWER = frozenset({"dampening", "freezing"})
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {function.__name__: function for function in (kl_divergence, js_divergence, mse_divergence)}
 )
@@ -54,13 +60,15 @@ class Recipe:
         skip: layer-name patterns that stay in float.
         consistency: the consistency term; None trains plain QAT.
         ema: the teacher's average; None where there is no teacher.
+        dampening, freezing: two remedies for weights that oscillate between integers; None for neither.
 
     Patterns are those of `fnmatch` (``*`` crosses dots). One matches a layer by its own name or by that of a module it
     is in, so ``"encoder"`` covers ``"encoder.0.attention"``. An exact name wins over a pattern; a layer that two
     patterns override is an error, as is a pattern without a layer.
 
     Raises:
-        CRCoreError: a value of the wrong kind; per-channel activations (no integer kernel can undo them).
+        CRCoreError: a value of the wrong kind; per-channel activations (no integer kernel can undo them); a remedy for
+            oscillations without weights that have a learned scale.
 
     >>> recipe = Recipe(LSQ(bits=4, per_channel=True), LSQ(bits=4), skip="head")
     >>> recipe == Recipe.from_dict(recipe.to_dict())
@@ -77,6 +85,8 @@ class Recipe:
     skip: Sequence[str] = field(default=(), kw_only=True)
     consistency: Consistency | None = field(default=None, kw_only=True)
     ema: EMA | None = field(default=None, kw_only=True)
+    dampening: Dampening | None = field(default=None, kw_only=True)
+    freezing: Freezing | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -100,9 +110,13 @@ class Recipe:
         if not all(isinstance(pattern, str) for pattern in self.overrides):
             raise CRCoreError(f"overrides maps layer-name patterns (text) to quantizers, got {list(self.overrides)!r}")
         set_(self, "overrides", {pattern: _override(pattern, given) for pattern, given in self.overrides.items()})
-        for name, kind in (("consistency", Consistency), ("ema", EMA)):
+        kinds = {"consistency": Consistency, "ema": EMA, "dampening": Dampening, "freezing": Freezing}
+        for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind | None):
                 raise CRCoreError(f"{name} must be a {kind.__name__} or None, got {getattr(self, name)!r}")
+        if self.dampening == Dampening(0.0):
+            set_(self, "dampening", None)
+        self._check_remedies()
 
     def assign(self, layers: Sequence[str], modules: Sequence[str] = ()) -> dict[str, LayerQuantizers | None]:
         """The quantizers of each layer; None for a layer that is skipped.
@@ -135,7 +149,8 @@ class Recipe:
         Raises:
             CRCoreError: a quantizer, schedule or divergence that is not crcore's own, which a file cannot name.
         """
-        return {"version": VERSION} | {name.name: _encode(getattr(self, name.name)) for name in fields(self)}
+        entries = {entry.name: _encode(getattr(self, entry.name)) for entry in fields(self)}
+        return {"version": VERSION} | {k: v for k, v in entries.items() if k not in _NEWER or v is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -151,12 +166,23 @@ class Recipe:
             )
         names = {name.name for name in fields(cls)}
         given = set(data) - {"version"}
-        if given != names:
+        if given | _NEWER != names:
             raise CRCoreError(
                 f"a recipe has the entries {sorted(names)}; unknown: {sorted(given - names)}, "
-                f"missing: {sorted(names - given)}"
+                f"missing: {sorted(names - _NEWER - given)}"
             )
-        return cls(**{name: _decode(data[name]) for name in names})
+        return cls(**{name: _decode(data[name]) for name in given})
+
+    def _check_remedies(self) -> None:
+        given = [self.weights, *(override.get("weights") for override in self.overrides.values())]
+        quantizers = [quantizer for quantizer in given if quantizer is not None]
+        for remedy in (self.dampening, self.freezing):
+            if remedy is None:
+                continue
+            if not quantizers:
+                raise CRCoreError(f"{remedy} acts on quantized weights, and this recipe leaves all of them in float")
+            for quantizer in quantizers:
+                remedy.check(quantizer)
 
     def _override_of(self, name: str) -> Mapping[str, Quantizer | None]:
         if name in self.overrides:

@@ -21,6 +21,8 @@ CORE, BACKENDS = ROOT / "crcore", ROOT / "backends"
 STANDARD = sys.stdlib_module_names | {"__future__"}
 NAMESPACE = sorted(Namespace.__annotations__)
 
+# Parts of crcore that may import more, and that the core does not import.
+APART = ("crcore/cli/", "crcore/testing/", "crcore/deploy/", "crcore/flatness/")
 # What a backend may import besides the standard library, NumPy, itself and crcore's public names. Keys are files or
 # folders; the longest one that fits counts.
 MAY_IMPORT = {
@@ -33,7 +35,11 @@ MAY_IMPORT = {
     "crcore_keras/_portable.py": {"keras", "safetensors"},
     "crcore_keras/_quantized.py": {"keras", "safetensors"},
     "crcore_keras/_graph": {"keras", "onnx"},
+    # Keras has no gradient that is the same on every engine: the one that runs is asked by its own means.
+    "crcore_keras/_derivatives.py": {"keras", "tensorflow", "jax", "torch"},
 }
+# What differentiates: `_bind.py` says how a quantizer is, `_derivatives.py` takes the derivatives of a network's loss.
+AUTOGRAD = ("_bind.py", "_derivatives.py")
 # A formula by the functions that it cannot do without, and the files that hold it.
 FORMULAS = {
     "rounding to a grid": (
@@ -49,7 +55,8 @@ FORMULAS = {
     ),
     "softmax and what is made of it": (
         {"softmax", "log_softmax", "kl_div", "logsumexp", "logaddexp", "exp"},
-        ("crcore/_divergences.py", "crcore/_schedules.py"),
+        # The last one has a Gaussian's.
+        ("crcore/_divergences.py", "crcore/_schedules.py", "crcore/flatness/_spectrum.py"),
     ),
     "the average": ({"lerp", "lerp_", "_foreach_lerp", "_foreach_lerp_"}, ("backends/crcore_torch/_teacher.py",)),
 }
@@ -87,11 +94,12 @@ def core_imports_only_numpy(source: str) -> list[str]:
     return [
         module
         for module in imported(ast.parse(source))
-        if top(module) not in STANDARD | {"numpy", "crcore"} or re.match(r"crcore[.:](cli|testing|deploy)\b", module)
+        if top(module) not in STANDARD | {"numpy", "crcore"}
+        or re.match(r"crcore[.:](cli|testing|deploy|flatness)\b", module)
     ]
 
 
-@named(sources(CORE, without=("crcore/cli/", "crcore/testing/", "crcore/deploy/")))
+@named(sources(CORE, without=APART))
 def test_the_core_imports_the_standard_library_and_numpy(path: Path) -> None:
     assert core_imports_only_numpy(path.read_text()) == []
 
@@ -106,6 +114,7 @@ def test_the_core_imports_the_standard_library_and_numpy(path: Path) -> None:
         "from crcore.testing import lattice_inputs",
         "from crcore import cli",
         "from crcore.deploy import to_onnx",
+        "from crcore.flatness import trace",
         "import hypothesis",
     ],
 )
@@ -113,10 +122,28 @@ def test_a_core_that_imports_more_is_noticed(offence: str) -> None:
     assert core_imports_only_numpy(offence)
 
 
+def flatness_imports_only_scipy(source: str) -> list[str]:
+    allowed = STANDARD | {"numpy", "scipy", "crcore"}
+    private = private_uses(re.sub(r"\bcrcore\.flatness\._", "crcore.flatness.", source), ["crcore"])
+    return [module for module in imported(ast.parse(source)) if top(module) not in allowed] + private
+
+
+@named(sources(CORE / "flatness"))
+def test_flatness_imports_numpy_scipy_and_cores_public_names(path: Path) -> None:
+    assert flatness_imports_only_scipy(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "offence", ["import torch", "def f():\n    import crcore_torch", "from crcore._divergences import confidence"]
+)
+def test_a_flatness_that_imports_more_is_noticed(offence: str) -> None:
+    assert flatness_imports_only_scipy(offence)
+
+
 def run_without_frameworks(statement: str) -> subprocess.CompletedProcess[str]:
     """Run where only the standard library and NumPy can be imported, besides crcore."""
     program = f"""
-        import sys
+        import re, sys
         class Refuse:
             def find_spec(self, name, path=None, target=None):
                 if name.partition(".")[0] not in {{*sys.stdlib_module_names, "numpy", "crcore"}}:
@@ -125,7 +152,7 @@ def run_without_frameworks(statement: str) -> subprocess.CompletedProcess[str]:
         import numpy
         sys.meta_path.insert(0, Refuse())
         {statement}
-        assert not any(m.startswith(("crcore.testing", "crcore.cli", "crcore.deploy")) for m in sys.modules)
+        assert not any(re.match("crcore.(testing|cli|deploy|flatness)", m) for m in sys.modules)
     """
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
@@ -222,6 +249,7 @@ def test_a_backend_imports_its_framework_and_cores_public_names(path: Path) -> N
         ("crcore_torch/_x.py", "import keras"),
         ("crcore_keras/_x.py", "from crcore_torch import prepare"),
         ("crcore_keras/_x.py", "import tensorflow as tf"),
+        ("crcore_keras/_derivatives.py", "import crcore_torch"),
         ("crcore_keras/_x.py", "def f():\n    import jax"),
         ("crcore_keras/_x.py", "from torch import nn"),
         ("crcore_keras/_x.py", "from keras.src.backend.tensorflow import core"),
@@ -395,7 +423,7 @@ def test_global_state_is_noticed(offence: str) -> None:
     assert global_state(offence)
 
 
-# Rule 6: only _bind.py touches autograd, only _xp.py renames array functions
+# Rule 6: only _bind.py and _derivatives.py touch autograd, only _xp.py renames array functions
 
 
 def autograd_uses(source: str) -> list[str]:
@@ -430,8 +458,8 @@ def renames(source: str) -> list[str]:
     return found
 
 
-@named([path for path in sources(BACKENDS) if path.name != "_bind.py"])
-def test_only_bind_touches_autograd(path: Path) -> None:
+@named([path for path in sources(BACKENDS) if path.name not in AUTOGRAD])
+def test_only_bind_and_derivatives_touch_autograd(path: Path) -> None:
     assert autograd_uses(path.read_text()) == []
 
 
@@ -441,6 +469,7 @@ def test_only_bind_touches_autograd(path: Path) -> None:
         "import torch\nclass F(torch.autograd.Function): ...",
         "from torch.autograd import Function",
         "from torch import autograd",
+        "import torch\ntorch.autograd.grad(loss, weights)",
         "from keras.ops import custom_gradient",
         "import keras\n@keras.ops.custom_gradient\ndef f(x): ...",
     ],
@@ -473,7 +502,7 @@ def test_renaming_elsewhere_is_noticed(offence: str) -> None:
 def test_the_core_calls_only_what_its_namespace_lists() -> None:
     called = {
         node.attr
-        for path in sources(CORE, without=("crcore/cli/", "crcore/testing/", "crcore/deploy/"))
+        for path in sources(CORE, without=APART)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "xp"
     }

@@ -9,6 +9,7 @@ crk.convert(model.teacher)                         # integers, scales, zero poin
 """
 
 from crcore_keras import _engine as _engine  # first, for its error  # isort: skip
+from crcore_keras._batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from crcore_keras._callback import ConsistencyCallback as ConsistencyCallback
 from crcore_keras._consistency_model import ConsistencyModel as ConsistencyModel
 from crcore_keras._convert import convert as convert
@@ -17,7 +18,9 @@ from crcore_keras._export import export_onnx as export_onnx
 from crcore_keras._export import verify as verify
 from crcore_keras._fake_quantize import FakeQuantize as FakeQuantize
 from crcore_keras._integers import IntegerWeight as IntegerWeight
+from crcore_keras._landscape import Landscape as Landscape
 from crcore_keras._load import load_model as load_model
+from crcore_keras._meter import OscillationMeter as OscillationMeter
 from crcore_keras._portable import load_portable as load_portable
 from crcore_keras._portable import save_portable as save_portable
 from crcore_keras._prepare import prepare as prepare
@@ -29,6 +32,8 @@ __all__ = [
     "ConsistencyModel",
     "FakeQuantize",
     "IntegerWeight",
+    "Landscape",
+    "OscillationMeter",
     "convert",
     "export_litert",
     "export_onnx",
@@ -36,6 +41,7 @@ __all__ = [
     "load_portable",
     "load_quantized",
     "prepare",
+    "reestimate_batchnorm",
     "save_portable",
     "save_quantized",
     "verify",

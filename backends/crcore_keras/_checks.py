@@ -8,6 +8,7 @@ import keras
 
 from crcore import CRCoreError, Recipe
 from crcore_keras._layers import quantizers_in
+from crcore_keras._oscillation import quantized_weights
 
 
 def check_arguments(student: Any, recipe: Any, augment: Any, teacher: Any) -> None:
@@ -21,6 +22,10 @@ def check_arguments(student: Any, recipe: Any, augment: Any, teacher: Any) -> No
         raise CRCoreError(
             f"ConsistencyModel takes a student from crcore_keras.prepare(model, recipe), got {type(student).__name__}"
         )
+    for remedy in (recipe.dampening, recipe.freezing):
+        if remedy is not None:
+            for weight in quantized_weights(student):
+                remedy.check(weight.quantizer.quantizer)
     if augment is not None and not callable(augment):
         raise CRCoreError(f"augment must be a layer or a function of a batch, or None for two views; got {augment!r}")
     if teacher is None:

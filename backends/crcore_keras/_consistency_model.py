@@ -12,12 +12,14 @@ from keras import ops
 from crcore import EMA, CRCoreError, Recipe
 from crcore_keras._augment import apply, check_savable, seeds_of
 from crcore_keras._checks import check_arguments
-from crcore_keras._data import LABELED, UNLABELED, check_alike, has_unlabeled, with_unlabeled
+from crcore_keras._data import LABELED, UNLABELED, check_alike, has_unlabeled, labeled, with_unlabeled
 from crcore_keras._fake_quantize import FakeQuantize
 from crcore_keras._layers import PACKAGE, quantizers_in
+from crcore_keras._logged import fresh, logs_of
 from crcore_keras._logits import logits_function
 from crcore_keras._loss import consistency_loss, ema_update_
 from crcore_keras._model import calibrate, first_batch, is_calibrated, recompile, spare_scales
+from crcore_keras._oscillation import Freezer, dampening_loss
 from crcore_keras._prepare import copied
 from crcore_keras._xp import xp
 
@@ -34,10 +36,11 @@ class ConsistencyModel(keras.Model):
     In training the model is the student on one view; in ``evaluate`` and ``predict`` it is the student on the input
     itself, at no cost for the teacher. ``compile`` and ``fit`` are Keras', with one more argument, ``unlabeled``.
 
-    Step t's teacher includes the student after step t - 1; BatchNorm statistics and observed ranges are averaged like
-    the weights, other state is copied. The teacher is in inference mode and quantized with its own averaged scales. A
-    step is an optimizer step, however many batches ``gradient_accumulation_steps`` gathers for it (one that loss
-    scaling skips counts too). ``sample_weight`` and ``class_weight`` act on the task loss alone.
+    Step t's teacher includes the student after step t - 1; BatchNorm statistics (unless ``ema`` says that they are
+    copied) and observed ranges are averaged like the weights, other state is copied. The teacher is in inference mode
+    and quantized with its own averaged scales. A step is an optimizer step, however many batches
+    ``gradient_accumulation_steps`` gathers for it (one that loss scaling skips counts too). ``sample_weight`` and
+    ``class_weight`` act on the task loss alone.
 
     Args:
         student: a model from `prepare`. Its output is taken for logits, or, where its last layer is a softmax, for
@@ -104,10 +107,8 @@ class ConsistencyModel(keras.Model):
             for counter in ("updates", "optimizer_steps", "batches_since_step")
         )
         self._batches_per_step = 1
-        names = ["task_loss", "consistency_loss", "lambda"] if recipe.consistency is not None else []
-        self._logged = {name: _Latest(name) for name in names + (["decay"] if self._ema is not None else [])}
-        for name in names[:2]:
-            self._logged[name] = keras.metrics.Mean(name)
+        self._freezer = None if recipe.freezing is None else Freezer(self, student, recipe.freezing)
+        self._logged = logs_of(recipe, has_average=self._ema is not None)
         self._in_training = False
         self.validates: Network = "student"  # what fit() evaluates; set by ConsistencyCallback
         self._views = _Scratch()
@@ -123,12 +124,17 @@ class ConsistencyModel(keras.Model):
         """Whether the teacher is the student's moving average."""
         return self._ema is not None
 
+    @property
+    def frozen(self) -> float:
+        """The fraction of the quantized weights that `crcore.Freezing` has frozen."""
+        return 0.0 if self._freezer is None else self._freezer.frozen
+
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **options: Any) -> None:
         """As `keras.Model.compile`; keeps weight decay away from scales, and compiles the teacher for evaluation."""
         super().compile(optimizer, loss, **options)
         spare_scales(self, self.optimizer)
         if self._ema is not None:
-            for_networks = {key: keras.tree.map_structure(_fresh, options[key]) for key in options if "metrics" in key}
+            for_networks = {key: keras.tree.map_structure(fresh, options[key]) for key in options if "metrics" in key}
             self.teacher.compile("sgd", loss, **(options | for_networks))
         self.update_teacher()  # what an earlier optimizer did
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of a LossScaleOptimizer
@@ -196,11 +202,15 @@ class ConsistencyModel(keras.Model):
         if not training:
             x = x[LABELED] if has_unlabeled(x) else x
             return self.student(x[0] if self._is_pair(x) else x, training=False)
-        if self._ema is not None:  # before the student's statistics and observed ranges include this step
-            self._move_average()
+        self._follow()  # before the student's statistics and observed ranges include this step
         x = self._joined(x)
         view = self._augmented(x, 0)
-        self._views.value = x, view
+        dampening = None
+        if self.recipe.dampening is not None:
+            # Here, because on JAX `compute_loss` sees weights as they were before some were frozen. A copy of the step:
+            # TensorFlow may read the variable itself only after this batch was counted.
+            dampening = dampening_loss(self.recipe.dampening, self.student, step=ops.copy(self._steps))
+        self._views.value = x, view, dampening
         return self.student(view, training=True)
 
     def compute_loss(
@@ -208,28 +218,32 @@ class ConsistencyModel(keras.Model):
     ) -> Any:
         """The task loss; in training the consistency term besides."""
         self._in_training = training
-        task = super().compute_loss(x, y, _labeled(x, y_pred), sample_weight, training)
+        task = super().compute_loss(x, y, labeled(x, y_pred), sample_weight, training)
         given, self._views.value = self._views.value, None
         if not training:
             return task
         if self._ema is not None:  # not logged in `call`, from which JAX takes no metrics
             self._record("decay", self._decay_at(ops.maximum(self._updates - 1, 0)))
         step = self._count_batch()
+        inputs, view, dampening = given  # as `call` had them: in the dtype of the policy, of the engine's kind
+        self._record("task_loss", task)
+        total = task
+        if dampening is not None:
+            self._record("dampening_loss", dampening)
+            total = total + ops.cast(dampening, task.dtype)
         if self.recipe.consistency is None:
-            return task
-        inputs, view = given  # as `call` had them: in the dtype of the policy, of the engine's kind
+            return total
         if not self._distills:
             view = self._augmented(inputs, 1)
         target = self._teacher_logits(self.teacher(view, training=False))
         term, weight = consistency_loss(self.recipe.consistency, self._logits(y_pred), target, step=step)
-        self._record("task_loss", task)
         self._record("consistency_loss", term)
         self._record("lambda", weight)
-        return task + ops.cast(term, task.dtype)
+        return total + ops.cast(term, task.dtype)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Of the labeled inputs."""
-        return super().compute_metrics(x, y, _labeled(x, y_pred), sample_weight)  # type: ignore[no-any-return]
+        return super().compute_metrics(x, y, labeled(x, y_pred), sample_weight)  # type: ignore[no-any-return]
 
     def get_metrics_result(self) -> dict[str, Any]:
         """What is logged: lambda and the like in training only."""
@@ -237,12 +251,17 @@ class ConsistencyModel(keras.Model):
         return {name: value for name, value in logs.items() if self._in_training or name not in self._logged}
 
     def update_teacher(self) -> None:
-        """Let the average include the last optimizer step. Done before evaluation and at the end of ``fit``."""
-        if self._ema is not None and self.step < int(ops.convert_to_numpy(self._steps)):
-            self._move_average()
+        """Let the average, and what is frozen, include the last optimizer step.
+
+        Done before evaluation and at the end of ``fit``.
+        """
+        if int(ops.convert_to_numpy(self._updates)) < int(ops.convert_to_numpy(self._steps)):
+            self._follow()
 
     def save_own_variables(self, store: Any) -> None:
         """Called by Keras; saves the state of random layers besides, so that a resumed run draws as it would have."""
+        if self._freezer is not None:  # the student is saved after its owner
+            self.update_teacher()
         super().save_own_variables(store)
         for index, seed in enumerate(self._seed_states()):
             store[f"{SEED}{index}"] = ops.convert_to_numpy(seed)
@@ -296,6 +315,8 @@ class ConsistencyModel(keras.Model):
         if not is_calibrated(self.student):
             calibrate(self, batch)
             self._views.value = None
+        if self._freezer is not None and not int(ops.convert_to_numpy(self._steps)):
+            self._freezer.start()
         if self._ema is not None and not is_calibrated(self.teacher):
             for mine, source in zip(quantizers_in(self.teacher), quantizers_in(self.student), strict=True):
                 if not mine.initialized:
@@ -326,15 +347,25 @@ class ConsistencyModel(keras.Model):
         self._batches.assign(ops.where(is_step, 0, batches))
         return steps
 
+    def _follow(self) -> None:
+        """What follows an optimizer step: weights are frozen, then averaged; traced or not."""
+        if self._freezer is not None:
+            updates = ops.copy(self._updates)
+            self._freezer.update(updates, is_due=ops.copy(self._steps) > updates)
+            if self._ema is None:
+                self._updates.assign(ops.copy(self._steps))
+        if self._ema is not None:
+            self._move_average()
+
     def _move_average(self) -> None:
         """One step of the average, where an optimizer step was made since the last one; traced or not."""
         updates = ops.copy(self._updates)
         is_due = ops.copy(self._steps) > updates
-        averaged, copied_ = _state_pairs(self.teacher, self.student)
+        averaged, copied_ = _state_pairs(self.teacher, self.student, batchnorm=self._ema.batchnorm)  # type: ignore[union-attr]
         moves = ops.where(is_due, self._decay_at(updates), 1.0)
         ema_update_([mine for mine, _ in averaged], [source for _, source in averaged], moves)
         for mine, source in copied_:
-            mine.assign(ops.copy(source))
+            mine.assign(ops.where(is_due, ops.copy(source), ops.copy(mine)))
         self._updates.assign(updates + ops.cast(is_due, "int32"))
 
     def _decay_at(self, updates: Any) -> Any:
@@ -345,48 +376,21 @@ class ConsistencyModel(keras.Model):
             self._logged[name].update_state(value)
 
 
-@keras.saving.register_keras_serializable(PACKAGE)
-class _Latest(keras.metrics.Metric):
-    """The value of the last step."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name=name)
-        self.value = self.add_variable(shape=(), initializer="zeros", name="value")
-
-    def update_state(self, value: Any) -> None:
-        self.value.assign(ops.cast(value, self.value.dtype))
-
-    def result(self) -> Any:
-        return ops.copy(self.value)
-
-
 class _Scratch:
-    """Carries the inputs and the student's view from ``call`` to ``compute_loss``, within one trace of one step."""
+    """Carries inputs, the student's view and the dampening term from ``call`` to ``compute_loss``, within one trace."""
 
     value: Any = None
 
 
-def _state_pairs(teacher: Any, student: Any) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
+def _state_pairs(teacher: Any, student: Any, *, batchnorm: str) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
     """The teacher's variable and the student's: those that are averaged, and those that are copied."""
+    kinds = (FakeQuantize, keras.layers.BatchNormalization) if batchnorm == "average" else (FakeQuantize,)
     averaged: list[tuple[Any, Any]] = []
     copies: list[tuple[Any, Any]] = []
     for mine, source in zip(teacher._flatten_layers(), student._flatten_layers(), strict=True):
-        has_statistics = isinstance(mine, (keras.layers.BatchNormalization, FakeQuantize))
+        has_statistics = isinstance(mine, kinds)
         averaged += zip(mine._trainable_variables, source._trainable_variables, strict=True)
         for pair in zip(mine._non_trainable_variables, source._non_trainable_variables, strict=True):
             is_statistic = has_statistics and keras.backend.is_float_dtype(pair[0].dtype)
             (averaged if is_statistic else copies).append(pair)
     return averaged, copies
-
-
-def _labeled(x: Any, y_pred: Any) -> Any:
-    """The predictions for the labeled inputs, which come first."""
-    if not has_unlabeled(x):
-        return y_pred
-    n = ops.shape(keras.tree.flatten(x[LABELED])[0])[0]
-    return keras.tree.map_structure(lambda prediction: prediction[:n], y_pred)
-
-
-def _fresh(metric: Any) -> Any:
-    """A metric of the same kind with a state of its own; names stay names."""
-    return type(metric).from_config(metric.get_config()) if isinstance(metric, keras.metrics.Metric) else metric

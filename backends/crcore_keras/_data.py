@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from crcore import CRCoreError
 
@@ -20,6 +21,14 @@ LABELED, UNLABELED = KEYS = "labeled", "unlabeled"
 def has_unlabeled(x: Any) -> bool:
     """Whether the inputs of a batch are labeled and unlabeled ones side by side."""
     return isinstance(x, Mapping) and set(x) == set(KEYS)
+
+
+def labeled(x: Any, y_pred: Any) -> Any:
+    """The predictions for the labeled inputs, which come first."""
+    if not has_unlabeled(x):
+        return y_pred
+    n = ops.shape(keras.tree.flatten(x[LABELED])[0])[0]
+    return keras.tree.map_structure(lambda prediction: prediction[:n], y_pred)
 
 
 def with_unlabeled(

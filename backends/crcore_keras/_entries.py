@@ -55,7 +55,10 @@ class FileArray:
 
     def numpy(self) -> Any:
         """Its value as the file holds it."""
-        value = np.asarray(ops.convert_to_numpy(self.variable))
+        return self.to_file(np.asarray(ops.convert_to_numpy(self.variable)))
+
+    def to_file(self, value: Any) -> Any:
+        """An array of the variable's axes as the file would hold it."""
         order = [axis for axes in self.layout for axis in axes]
         shape = [math.prod(value.shape[axis] for axis in axes) for axes in self.layout]
         return np.transpose(value, order).reshape(shape)
@@ -65,7 +68,7 @@ class FileArray:
         self.variable.assign(self.from_file(value))
 
     def from_file(self, value: Any) -> Any:
-        """The inverse of `numpy`."""
+        """The inverse of `to_file`."""
         order = [axis for axes in self.layout for axis in axes]
         shape = [self.variable.shape[axis] for axis in order]
         return np.transpose(value.reshape(shape), np.argsort(order))

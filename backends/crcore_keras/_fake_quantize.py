@@ -90,18 +90,18 @@ class FakeQuantize(keras.layers.Layer):
         if not self._initialized:
             self._initialize_from_first_batch(x, training)
         wide = self._widen(x)
-        arrays = self._arrays_for(wide, training)
+        arrays = self.arrays_for(wide, training)
         return ops.cast(fake_quantize(wide, self.quantizer, arrays, self._elements(x)), x.dtype)
 
     def codes(self, x: Any) -> Any:
         """The integers of ``x``, as floats: ``call(x) == (codes(x) - zero_point) * scale``."""
         wide = self._widen(x)
-        return self.quantizer.codes(wide, *self._arrays_for(wide), xp=xp)
+        return self.quantizer.codes(wide, *self.arrays_for(wide), xp=xp)
 
     def code_limits(self, x: Any) -> tuple[int, int]:
         """The lowest and the highest code that a tensor like ``x`` can get, however large its values."""
         wide = self._widen(x)
-        arrays = self._arrays_for(wide)
+        arrays = self.arrays_for(wide)
         far = ops.full_like(wide, float(np.finfo(self.compute_dtype).max))  # far outside are the ends of the grid
         ends = [ops.convert_to_numpy(self.quantizer.codes(end, *arrays, xp=xp)) for end in (-far, far)]
         return int(ends[0].min()), int(ends[1].max())
@@ -112,7 +112,7 @@ class FakeQuantize(keras.layers.Layer):
         float32 and int32 tensors.
         """
         if x is not None and self._recomputed:
-            arrays = tuple(ops.reshape(array, self.shape) for array in self._arrays_for(self._widen(x)))
+            arrays = tuple(ops.reshape(array, self.shape) for array in self.arrays_for(self._widen(x)))
         else:
             arrays = tuple(ops.convert_to_tensor(array) for array in self.arrays)
         scale, zero_point = self.quantizer.affine(*arrays, xp=xp)
@@ -212,7 +212,7 @@ class FakeQuantize(keras.layers.Layer):
         """Whether the arrays are a function of the tensor at hand: weights whose range is not learned."""
         return self.role == "weight" and not self.quantizer.learned and bool(self.arrays)
 
-    def _arrays_for(self, x: Any, training: bool = False) -> tuple[Any, ...]:
+    def arrays_for(self, x: Any, training: bool = False) -> tuple[Any, ...]:
         """The arrays to use for ``x``, broadcast against it; observing happens here, in train mode."""
         stored = tuple(self._broadcast(array, x) for array in self.arrays)
         observe = getattr(self.quantizer, "observe", None)

@@ -12,14 +12,19 @@ for x, y in loader:
 crt.convert(teacher)                               # integers, scales, zero points
 """
 
+from crcore_torch._batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from crcore_torch._convert import IntegerWeight as IntegerWeight
 from crcore_torch._convert import convert as convert
 from crcore_torch._export import export_litert as export_litert
 from crcore_torch._export import export_onnx as export_onnx
 from crcore_torch._export import verify as verify
 from crcore_torch._fake_quantize import FakeQuantize as FakeQuantize
+from crcore_torch._landscape import Landscape as Landscape
 from crcore_torch._loss import ConsistencyLoss as ConsistencyLoss
 from crcore_torch._optim import parameter_groups as parameter_groups
+from crcore_torch._oscillation import DampeningLoss as DampeningLoss
+from crcore_torch._oscillation import Freezer as Freezer
+from crcore_torch._oscillation import OscillationMeter as OscillationMeter
 from crcore_torch._portable import load_portable as load_portable
 from crcore_torch._portable import save_portable as save_portable
 from crcore_torch._prepare import prepare as prepare
@@ -29,8 +34,12 @@ from crcore_torch._teacher import Teacher as Teacher
 
 __all__ = [
     "ConsistencyLoss",
+    "DampeningLoss",
     "FakeQuantize",
+    "Freezer",
     "IntegerWeight",
+    "Landscape",
+    "OscillationMeter",
     "Teacher",
     "convert",
     "export_litert",
@@ -39,6 +48,7 @@ __all__ = [
     "load_quantized",
     "parameter_groups",
     "prepare",
+    "reestimate_batchnorm",
     "save_portable",
     "save_quantized",
     "verify",

@@ -1,4 +1,4 @@
-"""The core's forward and gradient, handed to torch's autograd. The one file that touches autograd."""
+"""The core's forward and gradient, handed to torch's autograd. Beside `_derivatives`, the one file that touches it."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from crcore import CRCoreError, Quantizer, code_dtype, code_limits
 from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._follow import unwrapped
 from crcore_torch._layers import IntegerLayer, QuantizedLayer, mixed
-from crcore_torch._teacher import Teacher, unwrapped
+from crcore_torch._teacher import Teacher
 
 Model = TypeVar("Model", bound=nn.Module)
 

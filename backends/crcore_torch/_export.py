@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from crcore import CRCoreError
 from crcore_torch._convert import convert
+from crcore_torch._follow import unwrapped
 from crcore_torch._layers import IntegerLayer
-from crcore_torch._teacher import Teacher, unwrapped
+from crcore_torch._teacher import Teacher
 
 if TYPE_CHECKING:  # an extra: only those who export need ONNX
     from crcore.deploy import Traced, Verification

@@ -95,20 +95,20 @@ class FakeQuantize(nn.Module):
             return x
         if not self._initialized:
             self._initialize_from_first_batch(x)
-        arrays = self._arrays() if self.quantizer.learned else self._arrays_for(x, self.training)
+        arrays = self._arrays() if self.quantizer.learned else self.arrays_for(x, self.training)
         return fake_quantize(x, self.quantizer, arrays, self._elements(x), self.kernel)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The integers of ``x``, as floats: ``forward(x) == (codes(x) - zero_point) * scale``."""
         wide = widened(x)
-        return self.quantizer.codes(wide, *self._arrays_for(wide), xp=xp)
+        return self.quantizer.codes(wide, *self.arrays_for(wide), xp=xp)
 
     @torch.no_grad()
     def code_limits(self, x: Tensor) -> tuple[int, int]:
         """The lowest and the highest code that a tensor like ``x`` can get, however large its values."""
         wide = widened(x)
-        arrays = self._arrays_for(wide)
+        arrays = self.arrays_for(wide)
         far = torch.full_like(wide, torch.finfo(wide.dtype).max)  # the codes of values far outside are the grid's ends
         lowest, highest = (self.quantizer.codes(end, *arrays, xp=xp) for end in (-far, far))
         return int(lowest.min()), int(highest.max())
@@ -116,7 +116,7 @@ class FakeQuantize(nn.Module):
     def affine(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)`` in use, in the arrays' shape; for ``x`` where they are recomputed from the tensor."""
         if x is not None and self._recomputed:
-            arrays = tuple(map(Tensor.reshape_as, self._arrays_for(x), self._arrays()))
+            arrays = tuple(map(Tensor.reshape_as, self.arrays_for(x), self._arrays()))
         else:
             arrays = tuple(widened(array) for array in self._arrays())
         scale, zero_point = self.quantizer.affine(*arrays, xp=xp)
@@ -183,7 +183,7 @@ class FakeQuantize(nn.Module):
         """Whether the arrays are a function of the tensor at hand: weights whose range is not learned."""
         return self.role == "weight" and not self.quantizer.learned and not self._frozen
 
-    def _arrays_for(self, x: Tensor, observing: bool = False) -> tuple[Tensor, ...]:
+    def arrays_for(self, x: Tensor, observing: bool = False) -> tuple[Tensor, ...]:
         """The arrays to use for ``x``, broadcast against it. ``observing`` stores what they were found to be."""
         if self._recomputed:
             with torch.no_grad():

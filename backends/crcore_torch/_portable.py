@@ -25,8 +25,9 @@ from crcore_torch._entries import (
     settings_of,
 )
 from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._follow import unwrapped
 from crcore_torch._layers import IntegerLayer
-from crcore_torch._teacher import Teacher, unwrapped
+from crcore_torch._teacher import Teacher
 
 Model = TypeVar("Model", bound=nn.Module)
 

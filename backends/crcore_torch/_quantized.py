@@ -25,9 +25,10 @@ from crcore_torch._entries import (
     settings_of,
 )
 from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._follow import unwrapped
 from crcore_torch._layers import IntegerLayer, QuantizedLayer, channel_axis
 from crcore_torch._prepare import attach
-from crcore_torch._teacher import Teacher, unwrapped
+from crcore_torch._teacher import Teacher
 
 _HALF = (torch.float16, torch.bfloat16)
 # What NumPy or safetensors has no type for.

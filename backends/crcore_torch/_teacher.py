@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from crcore import EMA, CRCoreError
 from crcore_torch._fake_quantize import FakeQuantize, mean_over_replicas
+from crcore_torch._follow import Follower
 from crcore_torch._foreign import copy_buffers, has_late_scale, is_foreign, stop_observers, take_over
 
 # Buffers that are statistics, and so are averaged like the weights they belong to. All other buffers are copied: masks
@@ -19,12 +19,13 @@ from crcore_torch._foreign import copy_buffers, has_late_scale, is_foreign, stop
 _AVERAGED_BUFFERS = (nn.modules.batchnorm._NormBase, FakeQuantize)
 
 
-class Teacher(nn.Module):
+class Teacher(Follower):
     """The student's moving average: parameters, quantizer scales, BatchNorm statistics and observed ranges.
 
     Call it like the student. It is always in eval mode, makes no graph, and is quantized with its own averaged scales.
     After each optimizer step ``teacher <- decay * teacher + (1 - decay) * student``; so the teacher that the student
-    meets at step t includes the student after step t - 1. Buffers that are not statistics are copied from the student.
+    meets at step t includes the student after step t - 1. Buffers that are not statistics are copied from the student,
+    and BatchNorm's are where ``ema`` says so.
 
     The student may come from `prepare` or be any module that another library fake-quantized. It may be wrapped by
     ``torch.compile`` or DistributedDataParallel; the teacher is made of what is inside.
@@ -50,18 +51,14 @@ class Teacher(nn.Module):
     model: nn.Module
 
     def __init__(self, student: nn.Module, ema: EMA | None = None) -> None:
-        super().__init__()
+        super().__init__(student)
         if ema is not None and not isinstance(ema, EMA):
             raise CRCoreError(
                 f"ema must be a crcore.EMA or None, got {ema!r}; for example EMA(decay=0.999, warmup=2_000)"
             )
-        student = unwrapped(student)
         self.ema = EMA() if ema is None else ema
         self.step = 0
-        # In a list, so that the student does not become part of the teacher's parameters and state.
-        self._student = [student]
-        self._handles: dict[int, RemovableHandle] = {}
-        self.model = copy.deepcopy(student).requires_grad_(False)
+        self.model = copy.deepcopy(self._source()).requires_grad_(False)
         stop_observers(self.model)
         if not self.ema.quantized:
             _switch_off(self.model)
@@ -85,31 +82,6 @@ class Teacher(nn.Module):
         """Does nothing: a teacher is always in eval mode."""
         return super().train(False)
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Update after every ``optimizer.step()``; not after a step that a GradScaler skipped.
-
-        Where several optimizers train the student, follow the one that is stepped last: each that is followed makes
-        updates of its own.
-
-        Returns:
-            a handle whose ``remove()`` ends it.
-
-        Raises:
-            CRCoreError: the optimizer trains none of the student's parameters.
-        """
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(parameter) in trained for parameter in self._source().parameters()):
-            raise CRCoreError(
-                "the optimizer trains none of the student's parameters; build it from student.parameters(), "
-                "with the student that this Teacher was made of"
-            )
-        earlier = self._handles.pop(id(optimizer), None)
-        if earlier is not None:  # following twice must not average twice
-            earlier.remove()
-        handle = optimizer.register_step_post_hook(self._after_step)
-        self._handles[id(optimizer)] = handle
-        return handle
-
     @torch.no_grad()
     def update(self) -> None:
         """One step of the average. `follow` calls it; call it yourself only without an optimizer to follow.
@@ -119,32 +91,23 @@ class Teacher(nn.Module):
         """
         pairs = list(_pairs(self.model, self._source()))  # once: walking takes longer than what is done on the way
         _adopt_flags(pairs)
+        tensors = list(_statistics(pairs))
+        values = _agreed([value for _, value, _ in tensors])
         averages: list[Tensor] = []
-        values: list[Tensor] = []
-        for average, value in _statistics(pairs):
-            averages.append(average)
-            values.append(value)
+        averaged: list[Tensor] = []
+        for (mine, _, is_batchnorm), value in zip(tensors, values, strict=True):
+            if is_batchnorm and self.ema.batchnorm == "copy":
+                mine.copy_(value)
+            else:
+                averages.append(mine)
+                averaged.append(value)
         late = [pair for pair in pairs if has_late_scale(pair[0])]
         if averages:
-            ema_update_(averages, _agreed(values), self.decay)
+            ema_update_(averages, averaged, self.decay)
         _copy_other_buffers(pairs)
-        for mine, source in late:
-            take_over(mine, source)
+        for module, source in late:
+            take_over(module, source)
         self.step += 1
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # An optimizer that handles gradient scaling itself is stepped although the scaler found an overflow; it is told
-        # so by this attribute. Others are not stepped at all.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
-            self.update()
-
-    def _source(self) -> nn.Module:
-        if not self._student:
-            raise CRCoreError(
-                "this teacher is a copy and follows no student; make a Teacher(student) and load its state_dict there"
-            )
-        return self._student[0]
 
     def _take_over_foreign(self) -> None:
         """Before its first update the teacher is the student, other libraries' first batch included."""
@@ -152,9 +115,6 @@ class Teacher(nn.Module):
             for mine, source in _pairs(self.model, self._student[0]):
                 if is_foreign(mine):
                     take_over(mine, source)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_student": [], "_handles": {}}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -190,8 +150,8 @@ def _adopt_flags(pairs: Iterable[Pair]) -> None:
             mine.adopt(source)
 
 
-def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The teacher's tensor and the student's, for everything that is averaged."""
+def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """The teacher's tensor, the student's, and whether it is BatchNorm's statistic, for everything that is averaged."""
     seen: set[int] = set()
     for mine, source in pairs:
         tensors = list(_named(mine._parameters))
@@ -200,7 +160,7 @@ def _statistics(pairs: Iterable[Pair]) -> Iterator[tuple[Tensor, Tensor]]:
         for name, average in tensors:
             if average.is_floating_point() and id(average) not in seen:  # a tied weight moves once
                 seen.add(id(average))
-                yield average, _stored(source, name)
+                yield average, _stored(source, name), name in mine._buffers and not isinstance(mine, FakeQuantize)
 
 
 def _agreed(values: list[Tensor]) -> list[Tensor]:
@@ -239,14 +199,6 @@ def _stored(module: nn.Module, name: str) -> Tensor:
     """The parameter or buffer as it is stored (`QuantizedLayer.weight` would quantize it)."""
     stored = module._parameters.get(name)
     return module._buffers[name] if stored is None else stored  # type: ignore[return-value]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What is inside torch.compile and data-parallel wrappers."""
-    inner = getattr(module, "_orig_mod", None)
-    if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        inner = module.module
-    return module if inner is None else unwrapped(inner)
 
 
 def _switch_off(model: nn.Module) -> None:

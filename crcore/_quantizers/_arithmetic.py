@@ -75,6 +75,12 @@ def sum_to(parameter: Array, values: Array, xp: Any) -> Array:
     return xp.sum(values, axis=axes, keepdims=True) if axes else values
 
 
+def max_to(parameter: Array, values: Array, xp: Any) -> Array:
+    """The largest of ``values`` over the axes that share one parameter."""
+    axes = tuple(axis for axis, size in enumerate(parameter.shape) if size == 1)
+    return xp.amax(values, axis=axes, keepdims=True) if axes else values
+
+
 def grad_scale(grid: IntGrid, elements: float) -> float:
     """LSQ's equation for the gradient scale, section 2.2."""
     return (elements * grid.hi) ** -0.5

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from crcore._grid import IntGrid
-from crcore._quantizers._arithmetic import MIN_SCALE, check_fields, round_to, sum_to, symmetric_grid_of
+from crcore._quantizers._arithmetic import MIN_SCALE, check_fields, max_to, round_to, sum_to, symmetric_grid_of
 from crcore._typing import Array, Role
 
 
@@ -109,8 +109,10 @@ class DoReFa:
         t = xp.tanh(x)
         at_norm = xp.abs(t) == norm[0]
         ties = sum_to(norm[0], xp.where(at_norm, 1.0 + xp.zeros_like(t), 0.0), xp)
-        dnorm = -sum_to(norm[0], cotangent * t, xp) / (norm[0] * norm[0])
-        # Without a tie there is nothing to share (the norm was replaced by 1 for an all-zero tensor).
+        # The same number as a function of x, for whoever differentiates this gradient: without it the Hessian would
+        # not be symmetric. Without a tie there is no such function (the norm was replaced by 1 for an all-zero tensor).
+        size = xp.where(ties > 0.0, max_to(norm[0], xp.where(at_norm, xp.abs(t), 0.0), xp), norm[0])
+        dnorm = -sum_to(norm[0], cotangent * t, xp) / (size * size)
         share = dnorm / xp.where(ties > 0.0, ties, 1.0)
-        dt = xp.divide(cotangent, norm[0]) + xp.where(at_norm, xp.where(t < 0.0, -share, share), 0.0)
+        dt = xp.divide(cotangent, size) + xp.where(at_norm, xp.where(t < 0.0, -share, share), 0.0)
         return (dt * (1.0 - t * t),)

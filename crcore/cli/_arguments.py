@@ -2,9 +2,11 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from crcore.cli._axes import Axis, axis, points
 from crcore.cli._errors import CommandError
 from crcore.cli._help import (
     COMPARE,
@@ -14,11 +16,19 @@ from crcore.cli._help import (
     EVALUATE_EXAMPLES,
     EXPORT,
     EXPORT_EXAMPLES,
+    FLATNESS,
+    FLATNESS_EXAMPLES,
+    REPORT,
+    REPORT_EXAMPLES,
+    SENSITIVITY,
+    SENSITIVITY_EXAMPLES,
+    SWEEP,
+    SWEEP_EXAMPLES,
     TRAIN,
     TRAIN_EXAMPLES,
 )
 from crcore.cli._methods import METHODS, parse_methods
-from crcore.cli._settings import BACKENDS, QUANTIZERS, VIEWS, Settings
+from crcore.cli._settings import BACKENDS, BATCHNORM, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +68,12 @@ def build_parser(version: str) -> Parser:
     _add_network(compare)
     _add_training(compare, several=True)
     _add_run(compare)
+    sweep = _command(commands, "sweep", "compare over a grid of settings", SWEEP, SWEEP_EXAMPLES)
+    _add_grid(sweep)
+    _add_data(sweep)
+    _add_network(sweep)
+    _add_training(sweep, several=True)
+    _add_run(sweep)
     train = _command(commands, "train", "train one method and keep its checkpoint", TRAIN, TRAIN_EXAMPLES)
     _add_data(train)
     _add_network(train)
@@ -76,13 +92,23 @@ def build_parser(version: str) -> Parser:
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     export = _command(commands, "export", "write a trained network for a runtime", EXPORT, EXPORT_EXAMPLES)
     _add_export(export)
+    report = _command(commands, "report", "write a page that shows all about a run", REPORT, REPORT_EXAMPLES)
+    _add_report(report)
+    flatness = _command(
+        commands, "flatness", "measure the curvature of the loss at checkpoints", FLATNESS, FLATNESS_EXAMPLES
+    )
+    _add_flatness(flatness)
+    sensitivity = _command(
+        commands, "sensitivity", "measure how checkpoints bear noise", SENSITIVITY, SENSITIVITY_EXAMPLES
+    )
+    _add_sensitivity(sensitivity)
     return parser
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
-    """The settings behind the arguments of compare or train."""
+    """The settings behind the arguments of compare or train, or of one point of a sweep."""
     values = vars(arguments)
-    if arguments.command == "compare":
+    if arguments.command != "train":
         if arguments.seeds < 1:
             raise CommandError(f"--seeds must be 1 or more, got {arguments.seeds}; 3 gives a confidence interval")
         values |= {
@@ -95,6 +121,14 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     if arguments.float_epochs is None:
         values["float_epochs"] = arguments.epochs
     return Settings(**{name: values[name] for name in Settings.__dataclass_fields__ if name in values})
+
+
+def sweep_settings(parser: Parser, arguments: Sequence[str], axes: Sequence[Axis]) -> list[Settings]:
+    """The settings of each point: those of the command line with the point's own options after it."""
+    found = [settings_from(parser.parse_args([*arguments, *options])) for options in points(axes)]
+    if len(set(found)) < len(found):
+        raise CommandError("--vary gives the same point twice, as 1 and 1.0 do; give each value once")
+    return found
 
 
 def output_folder(arguments: argparse.Namespace) -> Path:
@@ -113,15 +147,34 @@ def _command(commands: Any, name: str, summary: str, description: str, epilog: s
     return parser
 
 
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("grid")
+    group.add_argument(
+        "--vary",
+        type=axis,
+        action="append",
+        required=True,
+        metavar="NAME=V,...",
+        help="the values of an option below; several --vary make a grid. bits sets --weight-bits and "
+        "--activation-bits; flip and amp take yes and no",
+    )
+
+
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="digits", metavar="PATH", help=DATA_HELP)
     group.add_argument(
         "--labels",
-        type=_labels,
+        type=_images,
         metavar="N",
         help="keep N labels (stratified, chosen by the seed); the other training images are unlabeled. "
         "Default: 200 for digits, otherwise all",
+    )
+    group.add_argument(
+        "--unlabeled",
+        type=_images,
+        metavar="N",
+        help="use only N of the unlabeled images, chosen by the seed; default: all",
     )
     group.add_argument("--image-size", type=int, metavar="N", help="scale and crop images to NxN; default: as they are")
     group.add_argument(
@@ -181,12 +234,26 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group.add_argument("--lr", type=float, default=0.02, help="peak learning rate of QAT (SGD, cosine to zero)")
     group.add_argument("--float-lr", type=float, default=0.1, help="peak learning rate of the float network")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="of weights, not of quantizer scales")
+    group.add_argument(
+        "--reestimate-batchnorm",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure BatchNorm's running statistics anew on N batches after the last step of QAT, of the trained "
+        "network and of its average; default: 0, which leaves them",
+    )
     group = parser.add_argument_group("consistency (qat+cr), average (qat+ema, qat+cr) and distillation (qat+kd)")
     group.add_argument(
         "--consistency-weight", type=float, default=1.0, metavar="X", help="lambda at the end of its ramp"
     )
     group.add_argument(
-        "--ramp", type=float, default=0.3, metavar="X", help="the part of the steps in which lambda rises, as a sigmoid"
+        "--ramp", type=float, default=0.3, metavar="X", help="the part of the steps in which lambda rises"
+    )
+    group.add_argument(
+        "--ramp-shape",
+        choices=RAMP_SHAPES,
+        default="sigmoid",
+        help="how it rises: exp(-5 (1 - t)^2), t, (1 - cos(pi t)) / 2, or not at all",
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of both softmaxes")
     group.add_argument(
@@ -198,8 +265,28 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
         metavar="X",
         help="of the average; default: a window of a twentieth of the steps, 0.9 to 0.999",
     )
+    group.add_argument(
+        "--teacher-batchnorm",
+        choices=BATCHNORM,
+        default="average",
+        help="BatchNorm's running statistics in the average: averaged too, or copied from the student",
+    )
     group.add_argument("--kd-weight", type=float, default=1.0, metavar="X", help="of qat+kd's term")
     group.add_argument("--kd-temperature", type=float, default=2.0, metavar="X", help="of qat+kd's softmaxes")
+
+    group = parser.add_argument_group("weights that oscillate between two integers (Nagel et al., 2022)")
+    group.add_argument(
+        "--dampening",
+        type=float,
+        metavar="X",
+        help="pull weights to the middle of their bins: the factor of that term, at the end of its cosine ramp",
+    )
+    group.add_argument(
+        "--freezing",
+        type=float,
+        metavar="X",
+        help="freeze weights whose frequency of oscillation is above X at the end, and above 4 X at the start",
+    )
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +303,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue the run in --out to the result it would have had"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast of the networks' forward passes")
+    group.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bfloat16 autocast of the networks' forward passes",
+    )
     group.add_argument(
         "--evaluate-every", type=int, metavar="N", help="epochs between tests; default: about 20 tests in a run"
     )
@@ -269,7 +361,68 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _labels(text: str) -> int:
+def _add_flatness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--top", type=int, default=50, metavar="N", help="how many eigenvalues, largest first")
+    parser.add_argument("--probes", type=int, default=50, metavar="N", help="random vectors for the trace")
+    parser.add_argument(
+        "--density",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the density of all eigenvalues, which takes as long as the largest; default: yes",
+    )
+    _add_measurement(parser, samples=256, split="train")
+
+
+def _add_sensitivity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--draws", type=int, default=5, metavar="N", help="independent draws of each noise, 2 or more")
+    parser.add_argument(
+        "--radii",
+        type=float,
+        nargs="+",
+        default=(0.005, 0.01, 0.02),
+        metavar="X",
+        help="of sharpness, relative to the norm of all weights; default: 0.005 0.01 0.02",
+    )
+    _add_measurement(parser, samples=1000, split="test")
+
+
+def _add_measurement(parser: argparse.ArgumentParser, *, samples: int, split: str) -> None:
+    parser.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a checkpoint, or a folder: all that it holds"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=samples, metavar="N", help="images that the loss is averaged over"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("train", "test"),
+        default=split,
+        help="which images; of the training images those that were labeled. They are not augmented",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random vectors and of noise")
+    parser.add_argument(
+        "--data", metavar="PATH", help="as in crcore compare; default: what the checkpoint was trained on"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="the figure; default: in the folder of them all")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the --out folder of crcore compare or crcore train")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in RUN")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure what is missing of one seed's networks first, as crcore flatness and crcore sensitivity do",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="whose networks are shown layer by layer; default: the run's first"
+    )
+    parser.add_argument("--data", metavar="PATH", help="as in crcore compare; default: what RUN was trained on")
+
+
+def _images(text: str) -> int:
     if text == "all":
         return 0
     try:

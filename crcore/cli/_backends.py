@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from crcore.cli._methods import Method
     from crcore.cli._network_info import NetworkInfo
     from crcore.cli._progress import Progress
+    from crcore.cli._quantizer_statistics import Visit
     from crcore.deploy import Verification
+    from crcore.flatness import LossLandscape
 
 ENGINES = ("tensorflow", "jax", "torch")  # of Keras, those that can train
 Network = Any  # a torch.nn.Module or a keras.Model
@@ -46,6 +48,7 @@ class Backend(Protocol):
     engine: str  # what computes: "torch", or the engine of Keras
     suffix: str  # of checkpoints
     progress_name: str  # of the file that an unfinished run continues from
+    channel_axis: int  # of a batch of images
 
     @property
     def device(self) -> "torch.device":
@@ -66,6 +69,10 @@ class Backend(Protocol):
         """A quantized copy of a network; its messages name the layer and the way out."""
         ...
 
+    def has_batchnorm(self, network: Network) -> bool:
+        """Whether a network has BatchNorm with running statistics."""
+        ...
+
     def train(
         self,
         student: Network,
@@ -79,19 +86,32 @@ class Backend(Protocol):
         lr: float,
         weight_decay: float,
         evaluate_every: int,
+        reestimate_batchnorm: int,
         amp: bool,
         progress: "Progress",
         progress_file: Path,
     ) -> tuple[Network | None, dict[str, Any]]:
         """Train `student` in place, from `progress_file` on where there is one.
 
-        `reference` is the float network to distill from. Returns the averaged network, where the method has one, and
-        the record of the run.
+        `reference` is the float network to distill from; `reestimate_batchnorm` counts the batches after the last step
+        on which BatchNorm of student and average is measured anew. Returns the averaged network, where the method has
+        one, and the record of the run.
         """
         ...
 
     def evaluation(self, test: "Images", *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
         """The test images, ready for the networks of this backend."""
+        ...
+
+    def landscape(self, network: Network, images: "torch.Tensor", labels: "torch.Tensor") -> "LossLandscape":
+        """The network's mean cross entropy over normalised views ``[N, C, H, W]``, as a function of its weights."""
+        ...
+
+    def visit_quantizers(self, network: Network, images: "torch.Tensor", visit: "Visit") -> None:
+        """Run a quantized network once, in inference mode, and hand each of its quantizers' tensors to `visit`.
+
+        `images` are normalised views ``[N, C, H, W]``. Quantizers come in the order in which they run, each once.
+        """
         ...
 
     def save_network(self, path: Path, network: Network, info: "NetworkInfo") -> None:

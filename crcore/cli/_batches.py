@@ -1,5 +1,7 @@
 """Which images a step sees, and their views (torch). All of it depends on (seed, step) and on nothing else."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ class Batches:
         *,
         seed: int,
         labels: int | None,
+        unlabeled: int | None = None,
         batch_size: int,
         student_view: str,
         teacher_view: str,
@@ -29,6 +32,9 @@ class Batches:
         every = np.arange(len(data.train.labels))
         kept = every if labels is None else stratified(data.train.labels.numpy(), labels, seed=seed, stream="labels")
         rest = np.setdiff1d(every, kept)
+        # A stream of its own, in which fewer images are the first of more.
+        chosen = np.random.default_rng(seed_of(seed, "unlabeled images")).permutation(rest)[:unlabeled]
+        rest = np.sort(chosen)
         self.seed = seed
         self.images = data.train.images.to(device)
         self.labels = data.train.labels.to(device)
@@ -49,6 +55,11 @@ class Batches:
     def teacher(self, step: int, *, unlabeled: bool = False) -> Tensor:
         """The teacher's own views of the same images in the same order."""
         return self._views(self.teacher_view, "teacher view", step, unlabeled)
+
+    def further(self, step: int, count: int, *, unlabeled: bool = False) -> Iterator[Tensor]:
+        """The student's views of `count` steps from `step` on."""
+        for further in range(step, step + count):
+            yield self.student(further, unlabeled=unlabeled)[0]
 
     def _views(self, view: View, stream: str, step: int, unlabeled: bool) -> Tensor:
         views: Tensor = view(self.images[self.labeled.at(step)], seed_of(self.seed, stream, step))

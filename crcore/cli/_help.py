@@ -40,6 +40,41 @@ the output folder holds:
                                    float.keras with --backend keras
 """
 
+SWEEP = f"""\
+Compare over a grid of settings: which lambda, which ramp, how many labels, which width.
+
+Each point of the grid is a `crcore compare` with its values, and has the same result to the bit. A run that several
+points have in common is trained once: the float networks, or plain QAT where only lambda varies. All points are
+checked before the first step. All of them are trained with seed 0 first, then with seed 1, and so on.
+
+{METHOD_HELP}
+"""
+
+SWEEP_EXAMPLES = """\
+examples:
+  crcore sweep --vary consistency-weight=0,0.5,1,2,5 --methods qat,qat+ema,qat+cr --out runs/lambda
+      how large should lambda be? qat and qat+ema do not depend on it and are trained once
+  crcore sweep --vary labels=50,100,200,400,all --vary bits=2,4 --methods qat,qat+cr --out runs/labels
+      does the gain grow where labels are few? a panel of the plot for each width
+  crcore sweep --data cifar10/ --labels 4000 --vary ramp-shape=constant,sigmoid \\
+               --vary consistency-weight=0.5,1,2 --methods qat,qat+cr --out runs/ramps
+  crcore sweep --data cifar10/ --labels 4000 --vary ramp-shape=constant,sigmoid \\
+               --vary consistency-weight=0.5,1,2,5 --methods qat,qat+cr --out runs/ramps --resume
+      the same line and --resume continues; values, axes, methods and seeds may be added
+  crcore sweep --labels 50 --vary unlabeled=50,200,all --methods qat,qat+cr+unlabeled --out runs/unlabeled
+      how much do unlabeled images bring?
+
+--float-epochs is by default as --epochs: give it where epochs vary, for one float network.
+
+the output folder holds:
+  sweep.json        settings, axes, versions; for every point and method: accuracy and teacher_accuracy by seed, the
+                    gain over qat and over the average of qat+ema with 95 % confidence intervals, and the folder of
+                    its runs. Written after every run
+  table.md          the same for a reader
+  sweep.png         accuracy against the first axis, a panel for each combination of the others
+  runs/qat+cr-.../  each run once, in a folder for each seed, as `crcore compare` writes it
+"""
+
 TRAIN = f"""\
 Train one method with one seed and keep its checkpoint.
 
@@ -98,4 +133,65 @@ what --verify prints (--json has the same numbers):
   largest difference   of the outputs, in steps of an 8-bit output
   layers as trained    whose integers, and whose input's scale and zero point, are the trained ones
   size, latency        beside the same network in float, in the same runtime, one image on one thread
+"""
+
+REPORT = """\
+Write one HTML page about a run: the verdict, the table, training curves, and each layer's weights and inputs on their
+grids. The page needs no other file and no network: open it in any browser, send it, print it.
+
+RUN is the folder that crcore compare or crcore train wrote, finished or not. Networks are shown on test images; where
+a checkpoint or the data are gone, the page says so and shows the rest. Where crcore flatness or crcore sensitivity
+measured a network of RUN, the page shows that too.
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  crcore report runs/x
+      writes runs/x/report.html
+  crcore report runs/x --out x.html --seed 2
+      shows the networks of seed 2 layer by layer
+  crcore report runs/x --data /mnt/cifar10
+      the images have moved since
+
+the page holds:
+  what was run        settings, versions, the command that repeats it, and what the confidence intervals allow to say
+  table and gains     as table.md, and each gain over qat with its interval
+  training            accuracy, losses, lambda, the average's decay
+  layer by layer      signal-to-quantization-noise ratio in dB, histograms with the grid, the codes in use
+  curvature           what crcore flatness measured
+  sensitivity         what crcore sensitivity measured
+"""
+
+FLATNESS = """\
+Measure how flat the loss is around trained weights: the largest eigenvalues of the Hessian, its trace, and the density
+of all eigenvalues. Small ones stand for a flat minimum. Of a quantized network it is the Hessian of the
+straight-through surrogate that training follows (docs/flatness.md); batch normalization is as in tests.
+
+The result is written beside each checkpoint as student-flatness.json and so on, where crcore report finds it. What
+was measured with the same settings is not measured again.
+"""
+
+FLATNESS_EXAMPLES = """\
+examples:
+  crcore flatness runs/x/seed0/fp32 runs/x/seed0/qat runs/x/seed0/qat+cr
+      every network in these folders, side by side, and runs/x/seed0/flatness.png
+  crcore flatness runs/x/seed0/qat+cr/teacher.safetensors --top 10 --samples 1000 --split test
+      the ten largest eigenvalues, on test images
+"""
+
+SENSITIVITY = """\
+Measure how much loss and accuracy suffer: under noise on the inputs, under common corruptions of growing severity
+(from CIFAR-10-C), under noise on the weights relative to the norm of each filter; and how far the loss can grow
+within a radius around the weights (sharpness). Bands are 95 % confidence intervals over draws of the noise.
+
+The result is written beside each checkpoint as student-sensitivity.json and so on, where crcore report finds it. What
+was measured with the same settings is not measured again.
+"""
+
+SENSITIVITY_EXAMPLES = """\
+examples:
+  crcore sensitivity runs/x/seed0/fp32 runs/x/seed0/qat runs/x/seed0/qat+cr
+      every network in these folders, side by side, and runs/x/seed0/sensitivity.png
+  crcore sensitivity runs/x/seed0/qat+cr/student.safetensors --samples 5000 --draws 10
+      more images and a narrower band
 """

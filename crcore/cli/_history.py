@@ -41,6 +41,12 @@ def history_entry(
     }
 
 
+def oscillation_record(rates: cr.OscillationRates, *, frozen: float | None) -> dict[str, float]:
+    """What is kept of the integer weights' movements in the last epoch, as fractions of them."""
+    found = {"flipped": rates.flipped, "oscillating": rates.oscillating}
+    return found if frozen is None else found | {"frozen": frozen}
+
+
 def check_finite(loss: float, method: Method, *, seed: int, epoch: int, lr: float) -> None:
     """Stop a run whose loss is no number any more."""
     if not math.isfinite(loss):

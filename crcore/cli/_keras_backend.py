@@ -1,9 +1,11 @@
 """The Keras backend of the command: thin, over the modules that do the work. Imported for `--backend keras` alone."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import crcore_keras as crk
 import keras
@@ -17,10 +19,12 @@ from crcore.cli._keras_evaluation import KerasEvaluation, channels_last
 from crcore.cli._keras_models import build_model
 from crcore.cli._methods import Method
 from crcore.cli._network_info import NetworkInfo
+from crcore.cli._quantizer_statistics import Quantized, Visit
 from crcore.cli._random import seed_of
 
 if TYPE_CHECKING:
     from crcore.deploy import Verification
+    from crcore.flatness import LossLandscape
 
 
 class KerasBackend:
@@ -29,6 +33,7 @@ class KerasBackend:
     name = "keras"
     suffix = ".keras"
     progress_name = "progress.npz"
+    channel_axis = -1
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -48,6 +53,10 @@ class KerasBackend:
         _seed(seed, "network")
         return crk.prepare(network, recipe)
 
+    def has_batchnorm(self, network: Any) -> bool:
+        """Whether a network has BatchNormalization."""
+        return any(isinstance(layer, keras.layers.BatchNormalization) for layer in network._flatten_layers())
+
     def train(self, student: Any, method: Method, *, amp: bool, **options: Any) -> tuple[Any, dict[str, Any]]:
         """See `_keras_training.train`; `amp` is refused before."""
         return _keras_training.train(student, method, **options)
@@ -55,6 +64,17 @@ class KerasBackend:
     def evaluation(self, test: Images, *, mean: Sequence[float], std: Sequence[float]) -> KerasEvaluation:
         """The test images as arrays."""
         return KerasEvaluation(test, mean=mean, std=std)
+
+    def landscape(self, network: Any, images: torch.Tensor, labels: torch.Tensor) -> "LossLandscape":
+        """`crcore_keras.Landscape`."""
+        return crk.Landscape(network, channels_last(images), labels.numpy())
+
+    def visit_quantizers(self, network: Any, images: torch.Tensor, visit: Visit) -> None:
+        """Through the quantizers' own calls, which are theirs again afterwards; Keras has no hooks. Runs eagerly."""
+        with ExitStack() as restore:
+            for name, quantizer in _quantizers(network):
+                restore.enter_context(patch.object(quantizer, "call", _visited(quantizer, name, visit)))
+            network(channels_last(images), training=False)
 
     def save_network(self, path: Path, network: Any, info: NetworkInfo) -> None:
         """Write a .keras file."""
@@ -97,6 +117,34 @@ class KerasBackend:
     def load_quantized(self, network: Any, path: Path) -> Any:
         """`crcore_keras.load_quantized`."""
         return crk.load_quantized(network, path)
+
+
+def _quantizers(layer: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `FakeQuantize` in a layer or model, with its name from there."""
+    for child in layer._flatten_layers(include_self=False, recursive=False):
+        where = f"{name}.{child.name}".lstrip(".")
+        if isinstance(child, crk.FakeQuantize):
+            yield where, child
+        else:
+            yield from _quantizers(child, where)
+
+
+def _visited(quantizer: Any, name: str, visit: Visit) -> Callable[..., Any]:
+    """The call of a quantizer, which hands what it gets to `visit` the first time."""
+    call, seen = quantizer.call, False
+
+    def visited(x: Any, training: bool = False) -> Any:
+        nonlocal seen
+        if not seen:
+            seen = True
+            layer, _, place = name.rpartition(".")
+            arrays = (x, quantizer.codes(x), *quantizer.affine(x))
+            values, codes, scale, zero_point = (keras.ops.convert_to_numpy(array) for array in arrays)
+            found = Quantized(quantizer.quantizer, values, codes, scale, zero_point, quantizer.code_limits(x))
+            visit(layer, place.removesuffix("_quantizer"), found)
+        return call(x, training=training)
+
+    return visited
 
 
 def _seed(seed: int, stream: str) -> None:

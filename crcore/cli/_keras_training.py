@@ -11,7 +11,7 @@ import torch
 
 import crcore as cr
 from crcore.cli._batches import Batches
-from crcore.cli._history import average_decay, check_finite, consistency_weight, history_entry
+from crcore.cli._history import average_decay, check_finite, consistency_weight, history_entry, oscillation_record
 from crcore.cli._keras_checkpoints import load_progress, save_progress
 from crcore.cli._keras_evaluation import KerasEvaluation, channels_last
 from crcore.cli._methods import Method
@@ -33,6 +33,7 @@ def train(
     lr: float,
     weight_decay: float,
     evaluate_every: int,
+    reestimate_batchnorm: int,
     progress: Progress,
     progress_file: Path,
 ) -> tuple[Any, dict[str, Any]]:
@@ -77,6 +78,7 @@ def train(
             batches=batches,
             evaluation=evaluation,
             evaluate_every=evaluate_every,
+            reestimate_batchnorm=reestimate_batchnorm,
             lr=lr,
             progress=progress,
             progress_file=progress_file,
@@ -137,6 +139,7 @@ class Recorder(keras.callbacks.Callback):
         batches: Batches,
         evaluation: KerasEvaluation,
         evaluate_every: int,
+        reestimate_batchnorm: int,
         lr: float,
         progress: Progress,
         progress_file: Path,
@@ -145,13 +148,19 @@ class Recorder(keras.callbacks.Callback):
         self.record, self.data, self.method, self.recipe = record, data, method, recipe
         self.student, self.averaged = student, averaged
         self.batches, self.evaluation, self.evaluate_every, self.lr = batches, evaluation, evaluate_every, lr
+        self.reestimate_batchnorm = reestimate_batchnorm
         self.progress, self.progress_file = progress, progress_file
         self._began = time.perf_counter()
         self._epoch = len(record["history"])
+        self._meter: crk.OscillationMeter | None = None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Called by Keras."""
         self._epoch = epoch
+        if self.recipe is not None and epoch + 1 == self.record["epochs"]:
+            self._meter = crk.OscillationMeter(self.student)
+            self._meter.set_model(self.model)
+            self._meter.reset()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Called by Keras."""
@@ -161,6 +170,8 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Called by Keras; `logs` are means over the epoch so far."""
+        if self._meter is not None:
+            self._meter.update()
         step = self._epoch * self.batches.steps_per_epoch + batch
         if (step + 1) % SHOW_EVERY:
             self.progress.advance()
@@ -175,8 +186,16 @@ class Recorder(keras.callbacks.Callback):
         check_finite(task + consistency, self.method, seed=self.batches.seed, epoch=epoch + 1, lr=self.lr)
         trained = time.perf_counter()
         measured = epoch + 1 == epochs or (epoch + 1) % self.evaluate_every == 0
-        if measured and self.averaged is not None:
+        if measured and self.recipe is not None:
             self.model.update_teacher()
+        if epoch + 1 == epochs and self.reestimate_batchnorm:
+            steps, unlabeled = epochs * self.batches.steps_per_epoch, self.method.unlabeled
+            for network in (self.student, *([] if self.averaged is None else [self.averaged])):
+                views = self.batches.further(steps, self.reestimate_batchnorm, unlabeled=unlabeled)
+                crk.reestimate_batchnorm(network, map(channels_last, views))
+        if self._meter is not None and self.recipe is not None:
+            frozen = None if self.recipe.freezing is None else self.model.frozen
+            self.record["oscillation"] = oscillation_record(self._meter.total(), frozen=frozen)
         entry = history_entry(
             self.recipe,
             epoch=epoch + 1,

@@ -1,8 +1,31 @@
 """The methods that are compared, and in what they differ. Everything else is common to all of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from crcore.cli._errors import CommandError
+
+if TYPE_CHECKING:
+    from crcore.cli._settings import Settings
+
+# Settings that only some methods read, by the trait of those that do. Every other setting decides every run.
+READ_BY = {
+    "quantized": (
+        "quantizer",
+        "weight_bits",
+        "activation_bits",
+        "epochs",
+        "lr",
+        "dampening",
+        "freezing",
+        "reestimate_batchnorm",
+    ),
+    "average": ("ema_decay", "teacher_batchnorm"),
+    "distillation": ("kd_weight", "kd_temperature"),
+    "consistency": ("consistency_weight", "ramp", "ramp_shape", "temperature", "threshold", "teacher_view"),
+    "unlabeled": ("unlabeled",),
+}
+READ_BY_NONE = ("methods", "seeds", "evaluate_every")  # which runs there are, and when they are looked at
 
 
 @dataclass(frozen=True)
@@ -16,6 +39,19 @@ class Method:
     distillation: bool = False  # a frozen float teacher is matched, on the student's own view
     consistency: bool = False  # the average is matched, on a second view
     unlabeled: bool = False  # images without a label take part in the consistency term
+
+    def deciding(self, settings: "Settings") -> dict[str, Any]:
+        """The settings that decide a run of this method: runs that agree in them, and in the seed, are the same run."""
+        unread = {name for trait, names in READ_BY.items() if not getattr(self, trait) for name in names}
+        if settings.consistency_weight == 0:  # zero at every step, whatever its way there
+            unread |= {"ramp", "ramp_shape"}
+        elif settings.ramp_shape == "constant":
+            unread.add("ramp")
+        return {
+            field.name: getattr(settings, field.name)
+            for field in fields(settings)
+            if field.name not in unread and field.name not in READ_BY_NONE
+        }
 
 
 METHODS = {

@@ -23,6 +23,9 @@ class NetworkInfo:
     std: tuple[float, ...]
     data: str
     versions: dict[str, str]
+    # Which training images were labeled; None where an earlier version did not say.
+    labels: int | None = None
+    seed: int | None = None
 
     def to_metadata(self) -> dict[str, Any]:
         """A JSON-able form."""

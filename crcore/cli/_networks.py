@@ -102,7 +102,11 @@ def packed_info(path: Path) -> tuple[str, NetworkInfo] | None:
 
 def data_for(info: NetworkInfo, path: Path, name: str | None) -> ImageData:
     """The data that a network was trained on, or others that it can take."""
-    data = load_data(name or info.data, image_size=info.image_size)
+    return check_data(load_data(name or info.data, image_size=info.image_size), info, path)
+
+
+def check_data(data: ImageData, info: NetworkInfo, path: Path) -> ImageData:
+    """The data, where the network of `path` can take them."""
     if (len(data.classes), data.channels, data.size) != (len(info.classes), info.channels, info.size):
         raise CommandError(
             f"{path} was trained on {len(info.classes)} classes of images {_shape(info.channels, info.size)}; "

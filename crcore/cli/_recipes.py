@@ -35,9 +35,8 @@ def quantizers(name: str, weight_bits: int, activation_bits: int) -> tuple[cr.Qu
 
 def quantizer_name(recipe: cr.Recipe) -> str:
     """The `--quantizer` name that gives the quantizers of a recipe, at the recipe's bits."""
-    bare = replace(recipe, consistency=None, ema=None)
     bits = [quantizer.bits for quantizer in (recipe.weights, recipe.activations) if quantizer is not None]
-    found = (name for name in QUANTIZERS if cr.Recipe(*quantizers(name, *bits)) == bare)
+    found = (name for name in QUANTIZERS if cr.Recipe(*quantizers(name, *bits)) == quantization_of(recipe))
     name = next(found, None)
     if name is None:
         raise CommandError(
@@ -46,15 +45,33 @@ def quantizer_name(recipe: cr.Recipe) -> str:
     return name
 
 
+def _weight(settings: Settings, *, steps: int) -> cr.Schedule:
+    """lambda over the optimizer steps of a run."""
+    peak, rise = settings.consistency_weight, max(round(settings.ramp * steps), 1)
+    match settings.ramp_shape:
+        case "sigmoid":
+            return cr.sigmoid_ramp(peak, steps=rise)
+        case "linear":
+            return cr.linear_ramp(peak, steps=rise)
+        case "cosine":
+            return cr.cosine_ramp(peak, steps=rise)
+        case _:
+            return cr.constant(peak)
+
+
+def quantization_of(recipe: cr.Recipe) -> cr.Recipe:
+    """What is quantized how, without how it is trained."""
+    return replace(recipe, consistency=None, ema=None, dampening=None, freezing=None)
+
+
 def build_recipe(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:
     """The recipe of one QAT method that trains for `steps` optimizer steps."""
     decay = default_decay(steps) if settings.ema_decay is None else settings.ema_decay
     consistency = None
     if method.consistency:
-        ramp = max(round(settings.ramp * steps), 1)
         consistency = cr.Consistency(
             cr.kl_divergence,
-            weight=cr.sigmoid_ramp(settings.consistency_weight, steps=ramp),
+            weight=_weight(settings, steps=steps),
             temperature=settings.temperature,
             threshold=settings.threshold,
         )
@@ -65,5 +82,9 @@ def build_recipe(settings: Settings, method: Method, *, steps: int) -> cr.Recipe
         weights=weights,
         activations=activations,
         consistency=consistency,
-        ema=cr.EMA(decay=decay, warmup=steps) if method.average else None,
+        ema=cr.EMA(decay=decay, warmup=steps, batchnorm=settings.teacher_batchnorm) if method.average else None,
+        dampening=None if settings.dampening is None else cr.Dampening(cr.cosine_ramp(settings.dampening, steps)),
+        freezing=None
+        if settings.freezing is None
+        else cr.Freezing(cr.cosine_ramp(settings.freezing, steps, start=4 * settings.freezing)),
     )

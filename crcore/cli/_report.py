@@ -83,7 +83,9 @@ def _row(method: str, runs: dict[int, Record], baseline: dict[int, Record] | Non
     def over_qat(column: str) -> Gain | None:
         if baseline is None or method == "qat" or any(run[column] is None for run in runs.values()):
             return None
-        return gain([run[column] - baseline[seed]["accuracy"] for seed, run in runs.items()])
+        # All of them, in a comparison that is finished.
+        pairs = [(run, baseline[seed]) for seed, run in runs.items() if seed in baseline]
+        return gain([run[column] - plain["accuracy"] for run, plain in pairs]) if pairs else None
 
     teacher = [run["teacher_accuracy"] for run in runs.values() if run["teacher_accuracy"] is not None]
     first = next(iter(runs.values()))
@@ -135,7 +137,13 @@ def notes(settings: dict[str, Any], data: dict[str, Any]) -> list[str]:
         f"Common to all: batch {settings['batch_size']}, the student's {settings['student_view']} views (the same bits "
         "in every method), SGD with a cosine schedule. The EMA teacher sees "
         f"{settings['teacher_view']} views of its own.",
+        *_batchnorm(settings),
     ]
+
+
+def _batchnorm(settings: dict[str, Any]) -> list[str]:
+    count = settings.get("reestimate_batchnorm", 0)
+    return [f"BatchNorm's statistics were measured anew on {count} batches after QAT."] if count else []
 
 
 # Of a run's `seconds_by_part`, in the order of a step. The Keras backend sees teacher, student and update as one.

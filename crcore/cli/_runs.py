@@ -1,7 +1,8 @@
 """One run for each (seed, method), and what is kept of it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,38 @@ def total_steps(session: Session) -> int:
 RECORDED = {"seed", "method", "differs", "accuracy", "teacher_accuracy", "float_steps", "steps", "history"}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept, and what it is called while it lasts."""
+
+    folder: Path
+    title: str
+
+
+def place_in_comparison(session: Session, seed: int, method: Method) -> Place:
+    """A folder for each seed, in it one for each method."""
+    return Place(session.out / f"seed{seed}" / method.name, f"seed {seed} {method.name}")
+
+
 class SeedRuns:
     """The runs of one seed. The float network is trained first, whichever method asks for it."""
 
-    def __init__(self, session: Session, seed: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        session: Session,
+        seed: int,
+        progress: Progress,
+        *,
+        place: Callable[[Session, int, Method], Place] = place_in_comparison,
+        floats: dict[Path, tuple[Network, dict[str, Any]]] | None = None,
+    ) -> None:
+        """`floats` keeps float networks by their folder; sessions that share them give the same one."""
         self.session, self.seed, self.progress = session, seed, progress
         self.backend = session.backend
-        self.folder = session.out / f"seed{seed}"
         self.batches = session.batches(seed)
         self.evaluation = session.evaluation()
-        self._float: tuple[Network, dict[str, Any]] | None = None
+        self._place = place
+        self._floats = {} if floats is None else floats
 
     def run(self, method: Method) -> dict[str, Any]:
         """The record of one method, trained now or read from an earlier, finished run."""
@@ -62,7 +85,7 @@ class SeedRuns:
             network, float_record = self.float_network()
             student = self.backend.prepare(network, recipe, seed=self.seed)
             float_steps = float_record["steps"]
-            self.progress.title = self._title(method)
+            self.progress.title = self._place(self.session, self.seed, method).title
         else:
             network = self.session.network(self.seed)
             student = load_init(self.session, network, method, steps=steps, seed=self.seed)
@@ -74,6 +97,7 @@ class SeedRuns:
             reference=network if method.distillation else None,
             epochs=settings.epochs,
             lr=settings.lr,
+            reestimate_batchnorm=settings.reestimate_batchnorm,
             **self._common(folder),
         )
         self._save(folder, "student", student, recipe)
@@ -83,7 +107,8 @@ class SeedRuns:
 
     def float_network(self) -> tuple[Network, dict[str, Any]]:
         """The float network that every QAT method of this seed starts from, and its record."""
-        if self._float is None:
+        place = self._place(self.session, self.seed, FLOAT)
+        if place.folder not in self._floats:
             folder, record = self._begin(FLOAT)
             file = folder / f"float{self.backend.suffix}"
             network = self.session.network(self.seed)
@@ -100,15 +125,18 @@ class SeedRuns:
                     reference=None,
                     epochs=settings.float_epochs,
                     lr=settings.float_lr,
+                    reestimate_batchnorm=0,
                     **self._common(folder),
                 )
                 self._save(folder, "float", network, None)
                 record = self._finish(FLOAT, folder, record, recipe=None, float_steps=0)
-            self._float = network, record
-        return self._float
+            self._floats[folder] = network, record
+        return self._floats[place.folder]
 
     def _save(self, folder: Path, role: str, network: Network, recipe: cr.Recipe | None) -> None:
-        self.backend.save_network(folder / f"{role}{self.backend.suffix}", network, self.session.info(role, recipe))
+        self.backend.save_network(
+            folder / f"{role}{self.backend.suffix}", network, self.session.info(role, recipe, seed=self.seed)
+        )
 
     def _common(self, folder: Path) -> dict[str, Any]:
         settings = self.session.settings
@@ -122,12 +150,9 @@ class SeedRuns:
             "progress_file": folder / self.backend.progress_name,
         }
 
-    def _title(self, method: Method) -> str:
-        return f"seed {self.seed} {method.name}"
-
     def _begin(self, method: Method) -> tuple[Path, dict[str, Any] | None]:
-        self.progress.title = self._title(method)
-        folder = self.folder / method.name
+        place = self._place(self.session, self.seed, method)
+        self.progress.title, folder = place.title, place.folder
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "run.json"
         if not file.exists():
@@ -167,7 +192,7 @@ class SeedRuns:
             **trained,
             "recipe": recipe,
             "checkpoints": sorted(
-                f"{self.folder.name}/{folder.name}/{file.name}"
+                file.relative_to(self.session.out).as_posix()
                 for file in folder.glob(f"*{self.backend.suffix}")
                 if file.name != self.backend.progress_name
             ),

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from crcore.cli._errors import CommandError, one_line
 from crcore.cli._files import write_text
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._network_info import NetworkInfo, network_recipe
-from crcore.cli._recipes import build_recipe
-from crcore.cli._settings import Settings, check_same_settings
+from crcore.cli._recipes import build_recipe, quantization_of
+from crcore.cli._settings import NEWER, Settings, check_same_settings
 
 BEFORE_BACKENDS = {"backend": "torch", "engine": "torch"}  # what settings.json left out then
 DIGITS_LABELS = 200  # of 1,198 training images: few enough that methods differ
@@ -41,6 +42,7 @@ class Session:
             self.data,
             seed=seed,
             labels=s.labels,
+            unlabeled=s.unlabeled,
             batch_size=s.batch_size,
             student_view=s.student_view,
             teacher_view=s.teacher_view,
@@ -62,7 +64,7 @@ class Session:
             seed=seed,
         )
 
-    def info(self, role: str, recipe: cr.Recipe | None) -> NetworkInfo:
+    def info(self, role: str, recipe: cr.Recipe | None, *, seed: int) -> NetworkInfo:
         """What is stored with a network."""
         return NetworkInfo(
             role=role,
@@ -76,6 +78,8 @@ class Session:
             std=self.data.std,
             data=self.settings.data,
             versions=self.versions,
+            labels=self.settings.labels,
+            seed=seed,
         )
 
 
@@ -83,20 +87,31 @@ def open_session(settings: Settings, *, out: Path, resume: bool) -> Session:
     """Check everything, then create the output folder, or find that it can be continued."""
     backend = open_backend(settings.backend, device=settings.device)
     data = load_data(settings.data, image_size=settings.image_size)
-    settings = _decide(settings, data, backend)
-    session = Session(settings, data, backend, out, versions(backend))
-    _check_network(session)
+    session = decided_session(settings, data, backend, out=out)
+    check_network(session, [METHODS[name] for name in session.settings.methods])
+    settings = session.settings
     stored = {"settings": settings.to_dict(), "fingerprint": data.fingerprint}
-    file = out / "settings.json"
+    if check_folder(out, resume=resume):
+        _check_resume(out, stored, unlabeled=len(data.train.labels) - (settings.labels or 0))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "settings.json", json.dumps(stored, indent=2) + "\n")
+    return session
+
+
+def decided_session(settings: Settings, data: ImageData, backend: Backend, *, out: Path) -> Session:
+    """A session in which what was left to the data is decided. Nothing is written yet."""
+    return Session(_decide(settings, data, backend), data, backend, out, versions(backend))
+
+
+def check_folder(out: Path, *, resume: bool) -> bool:
+    """Whether there is something in the output folder to continue; an error where there is, and nobody asked to."""
     if out.exists() and not out.is_dir():
         raise CommandError(f"--out {out} is a file; give a folder")
-    if resume:
-        _check_resume(out, stored)
-    elif out.exists() and any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
+        return False  # with --resume: killed before its first file, or never started
+    if not resume:
         raise CommandError(f"--out {out} is not empty; continue that run with --resume, or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(stored, indent=2) + "\n")
-    return session
+    return True
 
 
 def versions(backend: Backend) -> dict[str, str]:
@@ -122,6 +137,12 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
         raise CommandError(
             f"--labels {labels}: must be between {classes} (one for each class) and {images} (all training images)"
         )
+    unlabeled = settings.unlabeled or images - labels
+    if unlabeled > images - labels:
+        raise CommandError(
+            f"--unlabeled {unlabeled}: {labels} of {images} training images are labeled, which leaves "
+            f"{images - labels}; give at most that, or fewer --labels"
+        )
     methods = settings.methods or tuple(m.name for m in METHODS.values() if labels < images or not m.unlabeled)
     for name in methods:
         if METHODS[name].unlabeled and labels == images:
@@ -132,6 +153,7 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
     return replace(
         settings,
         labels=labels,
+        unlabeled=unlabeled,
         methods=methods,
         flip=data.name != DIGITS if settings.flip is None else settings.flip,
         engine=backend.engine,
@@ -141,14 +163,19 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
     )
 
 
-def _check_network(session: Session) -> None:
+def check_network(session: Session, methods: Sequence[Method]) -> None:
     """Build what will be trained once, so that a failure comes before the first epoch."""
     network = session.network(session.settings.seeds[0])
-    for method in (METHODS[name] for name in session.settings.methods):
+    if session.settings.reestimate_batchnorm and not session.backend.has_batchnorm(network):
+        raise CommandError(
+            f"--reestimate-batchnorm {session.settings.reestimate_batchnorm}: --model {session.settings.model} has no "
+            "BatchNorm; leave the option out"
+        )
+    for method in methods:
         if method.quantized:
             session.backend.prepare(network, recipe_of(session.settings, method, steps=1))
     if session.settings.init is not None:
-        load_init(session, network, METHODS[session.settings.methods[0]], steps=1, seed=session.settings.seeds[0])
+        load_init(session, network, methods[0], steps=1, seed=session.settings.seeds[0])
 
 
 def recipe_of(settings: Settings, method: Method, *, steps: int) -> cr.Recipe:
@@ -201,24 +228,25 @@ def describe(recipe: cr.Recipe) -> str:
 
 def check_same_quantization(stored: cr.Recipe, asked: cr.Recipe, *, what: str) -> None:
     """Two recipes quantize alike; how their networks are trained (consistency, average) may differ."""
-    bare = [replace(recipe, consistency=None, ema=None) for recipe in (stored, asked)]
-    if bare[0] != bare[1]:
+    if quantization_of(stored) != quantization_of(asked):
         raise CommandError(
             f"{what} was made with another recipe: {describe(stored)}; asked for: {describe(asked)}; "
             "give the same --quantizer, --weight-bits and --activation-bits"
         )
 
 
-def _check_resume(out: Path, asked: dict[str, Any]) -> None:
+def _check_resume(out: Path, asked: dict[str, Any], *, unlabeled: int) -> None:
+    """`unlabeled` is how many images have no label; earlier versions used all of them."""
     file = out / "settings.json"
-    if not out.exists() or not any(out.iterdir()):
-        return  # killed before its first file, or never started: begin
     if not file.is_file():
         raise CommandError(f"--resume: {out} holds no run of crcore (no settings.json); give another --out")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         check_same_settings(
-            BEFORE_BACKENDS | {k: v for k, v in stored["settings"].items() if k != "data"},
+            NEWER
+            | BEFORE_BACKENDS
+            | {"unlabeled": unlabeled}
+            | {k: v for k, v in stored["settings"].items() if k != "data"},
             {k: v for k, v in asked["settings"].items() if k != "data"},
             folder=str(out),
         )

@@ -1,15 +1,17 @@
 """What the user asked for, as one frozen value that is stored with the results and compared on resume."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal
 
 from crcore.cli._backends import check_options_of_keras
 from crcore.cli._errors import CommandError
 
 QUANTIZERS = ("lsq", "lsq+", "pact", "dorefa", "minmax")
+BATCHNORM = ("average", "copy")
 VIEWS = ("weak", "strong", "none")
 BACKENDS = ("torch", "keras")
+RAMP_SHAPES = ("sigmoid", "linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Settings:
     amp: bool
     backend: str = "torch"
     engine: str | None = None  # what the backend computes with; of Keras, the environment decides
+    # Newer than the first results: a default is what was done before.
+    ramp_shape: str = "sigmoid"
+    unlabeled: int | None = None  # 0: all
+    teacher_batchnorm: Literal["average", "copy"] = "average"
+    reestimate_batchnorm: int = 0  # batches
+    dampening: float | None = None
+    freezing: float | None = None
 
     def __post_init__(self) -> None:
         if self.backend == "keras":
@@ -62,6 +71,11 @@ class Settings:
         for option, count in counts.items():
             if count is not None and count < 1:
                 raise CommandError(f"{option} must be 1 or more, got {count}")
+        if self.reestimate_batchnorm < 0:
+            raise CommandError(
+                f"--reestimate-batchnorm must be a number of batches, or 0 to leave it out, got "
+                f"{self.reestimate_batchnorm}"
+            )
         if self.batch_size < 2:
             raise CommandError("--batch-size must be 2 or more, got 1: batch normalization needs more than one image")
         positive = {
@@ -77,6 +91,7 @@ class Settings:
             "--weight-decay": self.weight_decay,
             "--consistency-weight": self.consistency_weight,
             "--kd-weight": self.kd_weight,
+            "--dampening": self.dampening or 0.0,
         }
         for option, number in weights.items():
             if not (math.isfinite(number) and number >= 0):
@@ -85,12 +100,18 @@ class Settings:
             raise CommandError(f"--ramp is a fraction of the optimizer steps in (0, 1], got {self.ramp}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise CommandError(f"--ema-decay must be in [0, 1), got {self.ema_decay}; 0.99 is a good start")
+        if self.freezing is not None and not 0 <= self.freezing < 0.25:
+            raise CommandError(f"--freezing must be in [0, 0.25), got {self.freezing}; 0.01 is a good start")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise CommandError(f"--threshold is a probability in [0, 1), got {self.threshold}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+# What an earlier version may not have known and so not have stored, at the values that stand for what it did.
+NEWER = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def check_bits(weight_bits: int | None, activation_bits: int | None) -> None:

@@ -17,10 +17,12 @@ from crcore.cli._evaluation import Evaluation
 from crcore.cli._methods import Method
 from crcore.cli._models import build_model
 from crcore.cli._network_info import NetworkInfo
+from crcore.cli._quantizer_statistics import Quantized, Visit
 from crcore.cli._random import seed_of
 
 if TYPE_CHECKING:
     from crcore.deploy import Verification
+    from crcore.flatness import LossLandscape
 
 
 class TorchBackend:
@@ -29,6 +31,7 @@ class TorchBackend:
     name = engine = "torch"
     suffix = ".safetensors"
     progress_name = "progress.safetensors"
+    channel_axis = 1
 
     def __init__(self, device: str) -> None:
         self.device = choose_device(device)
@@ -51,6 +54,11 @@ class TorchBackend:
         student: nn.Module = crt.prepare(network, recipe)
         return student
 
+    def has_batchnorm(self, network: nn.Module) -> bool:
+        """Whether a network has BatchNorm with running statistics."""
+        kind = nn.modules.batchnorm._BatchNorm
+        return any(isinstance(module, kind) and module.track_running_stats for module in network.modules())
+
     def train(
         self, student: nn.Module, method: Method, *, reference: nn.Module | None, **options: Any
     ) -> tuple[nn.Module | None, dict[str, Any]]:
@@ -60,6 +68,33 @@ class TorchBackend:
     def evaluation(self, test: Images, *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
         """The test images, on the device."""
         return Evaluation(test, mean=mean, std=std, device=self.device)
+
+    def landscape(self, network: nn.Module, images: Tensor, labels: Tensor) -> "LossLandscape":
+        """`crcore_torch.Landscape`."""
+        return crt.Landscape(network, images, labels)
+
+    @torch.no_grad()
+    def visit_quantizers(self, network: nn.Module, images: Tensor, visit: Visit) -> None:
+        """Through forward hooks. The network's mode is as it was afterwards."""
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+
+        def hook(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+            if id(module) not in seen:  # a layer that runs twice is shown at its first time
+                seen.add(id(module))
+                quantizer: Any = module
+                layer, _, place = names[id(module)].rpartition(".")
+                visit(layer, place.removesuffix("_quantizer"), _quantized(quantizer, arguments[0]))
+
+        seen: set[int] = set()
+        names = {id(module): name for name, module in network.named_modules() if isinstance(module, crt.FakeQuantize)}
+        training = network.training
+        try:
+            handles += [module.register_forward_hook(hook) for module in network.modules() if id(module) in names]
+            network.eval()(images.to(self.device))
+        finally:
+            network.train(training)
+            for handle in handles:
+                handle.remove()
 
     def save_network(self, path: Path, network: nn.Module, info: NetworkInfo) -> None:
         """Write a safetensors file."""
@@ -103,6 +138,13 @@ class TorchBackend:
     def load_quantized(self, network: nn.Module, path: Path) -> nn.Module:
         """`crcore_torch.load_quantized`."""
         return crt.load_quantized(network, path)
+
+
+def _quantized(quantizer: crt.FakeQuantize, values: Tensor) -> Quantized:
+    scale, zero_point = quantizer.affine(values)
+    arrays = (values, quantizer.codes(values), scale, zero_point)
+    values_, codes, scale_, zero_point_ = (array.detach().cpu().numpy() for array in arrays)
+    return Quantized(quantizer.quantizer, values_, codes, scale_, zero_point_, quantizer.code_limits(values))
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from crcore.cli._batches import Batches
 from crcore.cli._checkpoints import load_progress, save_progress
 from crcore.cli._clock import Clock
 from crcore.cli._evaluation import Evaluation
-from crcore.cli._history import average_decay, check_finite, consistency_weight, history_entry
+from crcore.cli._history import average_decay, check_finite, consistency_weight, history_entry, oscillation_record
 from crcore.cli._methods import Method
 from crcore.cli._progress import Progress
 from crcore.cli._random import seed_of
@@ -35,6 +35,7 @@ def train(
     lr: float,
     weight_decay: float,
     evaluate_every: int,
+    reestimate_batchnorm: int,
     amp: bool,
     progress: Progress,
     progress_file: Path,
@@ -49,16 +50,21 @@ def train(
         reference: the frozen float network for distillation.
         epochs: passes over the labeled images.
         lr: the peak of a cosine schedule that ends at zero.
+        reestimate_batchnorm: batches after the last step on which BatchNorm of student and average is measured anew.
     """
     device = batches.images.device
     teacher = crt.Teacher(student, recipe.ema) if recipe and recipe.ema else None
     consistency = crt.ConsistencyLoss(recipe.consistency) if recipe and recipe.consistency else None
     groups = crt.parameter_groups(student, lr=lr, weight_decay=weight_decay)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    if teacher is not None:
-        teacher.follow(optimizer)
+    freezer = crt.Freezer(student, recipe.freezing) if recipe and recipe.freezing else None
+    dampening = crt.DampeningLoss(recipe.dampening) if recipe and recipe.dampening else None
+    for follower in (freezer, teacher):  # in this order, so that the teacher averages frozen weights
+        if follower is not None:
+            follower.follow(optimizer)
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    modules: dict[str, nn.Module] = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    parts = {"student": student, "teacher": teacher, "freezer": freezer}
+    modules = {name: module for name, module in parts.items() if module is not None}
     steps = epochs * batches.steps_per_epoch
     record: dict[str, Any] = {"epochs": epochs, "steps": steps, "seconds": 0.0, "history": []}
     if progress_file.exists():
@@ -70,6 +76,10 @@ def train(
         began = time.perf_counter()
         clock.start()
         student.train()
+        last = epoch + 1 == epochs
+        meter = crt.OscillationMeter(student) if recipe and last else None
+        if meter is not None:
+            meter.follow(optimizer)
         task_sum = torch.zeros((), device=device)
         consistency_sum = torch.zeros((), device=device)
         for step in range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch):
@@ -86,6 +96,8 @@ def train(
             task = F.cross_entropy(logits[: len(y)], y)
             term = consistency(logits, target, step=step) if consistency is not None else torch.zeros_like(task)
             loss = task + term
+            if dampening is not None:
+                loss = loss + dampening(student, step=step)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no annotation here
             clock.lap("student")
@@ -101,12 +113,19 @@ def train(
                 progress.advance()
                 clock.lap("update")
 
-        last = epoch + 1 == epochs
+        if meter is not None:
+            frozen = None if freezer is None else freezer.frozen
+            record["oscillation"] = oscillation_record(meter.total(), frozen=frozen)
         measured = last or (epoch + 1) % evaluate_every == 0
         task_mean = task_sum.item() / batches.steps_per_epoch
         consistency_mean = consistency_sum.item() / batches.steps_per_epoch
         clock.lap("update")
         check_finite(task_mean + consistency_mean, method, seed=batches.seed, epoch=epoch + 1, lr=lr)
+        if last and reestimate_batchnorm:
+            for network in (student, *([] if teacher is None else [teacher.model])):
+                views = batches.further(steps, reestimate_batchnorm, unlabeled=method.unlabeled)
+                crt.reestimate_batchnorm(network, views)
+            clock.lap("update")
         entry = history_entry(
             recipe,
             epoch=epoch + 1,

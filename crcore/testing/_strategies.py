@@ -15,7 +15,9 @@ from crcore import (
     LSQ,
     PACT,
     Consistency,
+    Dampening,
     DoReFa,
+    Freezing,
     IntGrid,
     LSQPlus,
     MinMax,
@@ -230,7 +232,12 @@ def schedules(draw: st.DrawFn, least: float = 0.0, most: float = 10.0) -> Schedu
 def averages(draw: st.DrawFn) -> EMA:
     """EMA settings with constant and scheduled decay, with and without warm-up."""
     decay = draw(st.sampled_from((0.0, 0.9, 0.999, 1.0)) | schedules(0.0, 1.0))
-    return EMA(decay=decay, warmup=draw(st.sampled_from((0, 1, 50, 20_000))), quantized=draw(st.booleans()))
+    return EMA(
+        decay=decay,
+        warmup=draw(st.sampled_from((0, 1, 50, 20_000))),
+        quantized=draw(st.booleans()),
+        batchnorm=draw(st.sampled_from(("average", "copy"))),
+    )
 
 
 @st.composite
@@ -260,13 +267,21 @@ def recipes(draw: st.DrawFn) -> Recipe:
         st.floats(0.1, 8.0),
         st.none() | st.floats(0.0, 1.0),
     )
+    overrides = draw(st.dictionaries(names, override, max_size=3))
+    weight = draw(weights)
+    quantizers = [weight, *(each.get("weights") for each in overrides.values())]
+    learned = any(quantizers) and all(quantizer is None or quantizer.learned for quantizer in quantizers)
+    dampening = st.builds(Dampening, schedules()) if learned else st.none()
+    freezing = st.builds(Freezing, schedules(0.0, 0.99), st.floats(0.001, 1.0)) if learned else st.none()
     return draw(
         st.builds(
             Recipe,
-            weights,
+            st.just(weight),
             activations,
             first_last_bits=st.none() | st.integers(2, 16),
-            overrides=st.dictionaries(names, override, max_size=3),
+            overrides=st.just(overrides),
+            dampening=st.none() | dampening,
+            freezing=st.none() | freezing,
             skip=st.lists(names, max_size=3),
             consistency=st.none() | term,
             ema=st.none() | averages(),

@@ -110,6 +110,17 @@ def test_labeled_and_unlabeled_images_are_disjoint() -> None:
     assert len(labeled | unlabeled) == len(found.images)
 
 
+def test_fewer_unlabeled_images_are_some_of_more_and_chosen_by_the_seed() -> None:
+    every, some, few = (batches(unlabeled=count).unlabeled.index.tolist() for count in (None, 500, 20))
+    assert (len(some), len(few)) == (500, 20)
+    assert set(few) < set(some) < set(every)
+    assert every == sorted(every)
+    other = {count: batches(unlabeled=count, seed=1).unlabeled.index for count in (None, 20)}
+    assert np.searchsorted(every, few).tolist() != np.searchsorted(other[None], other[20]).tolist()
+    assert batches(unlabeled=20).labeled.index.tolist() == batches().labeled.index.tolist()
+    assert batches(unlabeled=5).unlabeled.size == 5  # less than a batch
+
+
 def test_an_epoch_shows_each_image_at_most_once_and_in_a_new_order() -> None:
     found = batches(batch_size=10)
     first = torch.cat([found.labeled.at(step) for step in range(10)])

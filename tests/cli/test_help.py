@@ -15,6 +15,7 @@ HEAVY = (
     "kornia",
     "datasets",
     "matplotlib",
+    "jinja2",
     "scipy",
     "sklearn",
     "rich",
@@ -27,7 +28,12 @@ HEAVY = (
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["compare", "--help"], ["train", "-h"], ["evaluate", "-h"], ["export", "-h"]]
+    "arguments",
+    [
+        ["--help"],
+        ["compare", "--help"],
+        *([command, "-h"] for command in ("train", "sweep", "evaluate", "export", "report", "flatness", "sensitivity")),
+    ],
 )
 def test_help_needs_no_heavy_package(arguments: list[str]) -> None:
     script = (

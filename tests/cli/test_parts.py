@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+import crcore as cr
 from crcore.cli import _models
+from crcore.cli._arguments import build_parser, settings_from
 from crcore.cli._checkpoints import load_progress, save_progress
 from crcore.cli._data import load_data
 from crcore.cli._errors import CommandError
 from crcore.cli._files import put_in_place
+from crcore.cli._methods import METHODS
+from crcore.cli._recipes import build_recipe
 from crcore.cli._report import gain, rows, spread
 from crcore.cli._views import View
 
@@ -156,3 +160,20 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path) -> None:
     with pytest.raises(OSError, match="No space"):
         write_half(tmp_path / "file")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("sigmoid", cr.sigmoid_ramp(2.0, steps=30)),
+        ("linear", cr.linear_ramp(2.0, steps=30)),
+        ("cosine", cr.cosine_ramp(2.0, steps=30)),
+        ("constant", cr.constant(2.0)),
+    ],
+)
+def test_lambda_rises_in_its_shape_over_its_part_of_the_steps(shape: str, expected: cr.Schedule) -> None:
+    arguments = ["compare", "--ramp-shape", shape, "--ramp", "0.3", "--consistency-weight", "2"]
+    settings = settings_from(build_parser("0").parse_args(arguments))
+    consistency = build_recipe(settings, METHODS["qat+cr"], steps=100).consistency
+    assert consistency is not None
+    assert consistency == cr.Consistency(cr.kl_divergence, weight=expected)

@@ -87,10 +87,14 @@ def test_resuming_a_finished_run_trains_nothing(crcore, undisturbed) -> None:
     assert contents(undisturbed) == before
 
 
-def test_a_folder_of_a_version_with_one_backend_is_resumed(crcore, undisturbed) -> None:
+@pytest.mark.parametrize(
+    "newer", [("backend", "engine"), ("ramp_shape", "unlabeled", "teacher_batchnorm", "reestimate_batchnorm")]
+)
+def test_a_folder_of_an_earlier_version_is_resumed(crcore, undisturbed, newer) -> None:
     before = contents(undisturbed)
     stored = json.loads(before["settings.json"])
-    del stored["settings"]["backend"], stored["settings"]["engine"]
+    for name in newer:
+        del stored["settings"][name]
     (undisturbed / "settings.json").write_text(json.dumps(stored))
     outcome = crcore(*ARGUMENTS, "--out", undisturbed, "--resume")
     assert outcome.status == 0, outcome.err
@@ -140,6 +144,8 @@ def test_methods_and_seeds_may_be_added(crcore, tmp_path) -> None:
         (("--epochs", "9"), "--epochs 8"),
         (("--student-view", "weak"), "--student-view strong"),
         (("--labels", "150"), "--labels 200"),
+        (("--unlabeled", "150"), "--unlabeled 998"),
+        (("--ramp-shape", "linear"), "--ramp-shape sigmoid"),
         (("--methods", "qat"), "fp32"),
         (("--ema-decay", "0.5"), "--ema-decay"),
         (("--backend", "keras", "--model", "resnet8"), "--backend torch"),

@@ -213,6 +213,17 @@ def test_skip_may_cover_what_overrides_do() -> None:
         (lambda: recipe(overrides={"a": {"activations": W}}), "activations are quantized per tensor"),
         (lambda: recipe(consistency=0.5), "consistency must be a Consistency or None, got 0.5"),
         (lambda: recipe(ema=0.9), "ema must be a EMA or None, got 0.9"),
+        (lambda: recipe(dampening=0.1), "dampening must be a Dampening or None, got 0.1"),
+        (lambda: recipe(freezing=0.1), "freezing must be a Freezing or None, got 0.1"),
+        (lambda: cr.Recipe(None, A, dampening=cr.Dampening(1.0)), "Dampening.*leaves all of them in float"),
+        (
+            lambda: cr.Recipe(cr.MinMax(4), A, freezing=cr.Freezing(0.1)),
+            r"freezing holds weights to the grid of a learned scale, but MinMax\(.*use LSQ for weights",
+        ),
+        (
+            lambda: recipe(dampening=cr.Dampening(1.0), overrides={"a": {"weights": cr.DoReFa(4)}}),
+            r"dampening holds weights to the grid of a learned scale, but DoReFa\(",
+        ),
         (
             lambda: cr.Recipe(W, cr.LSQPlus(4, signed=True), first_last_bits=1),
             "LSQPlus with 1 signed bit has no zero point",
@@ -250,6 +261,14 @@ def test_a_file_that_is_no_recipe_is_refused(change: dict[str, Any], message: st
         cr.Recipe.from_dict(data)
 
 
+def test_a_recipe_without_remedies_is_saved_as_before_there_were_any() -> None:
+    assert not {"dampening", "freezing"} & set(recipe().to_dict())
+    given = recipe(freezing=cr.Freezing(0.02))
+    assert "dampening" not in given.to_dict()
+    assert cr.Recipe.from_dict(given.to_dict()) == given
+    assert cr.Recipe.from_dict(recipe().to_dict() | {"dampening": None, "freezing": None}) == recipe()
+
+
 @pytest.mark.parametrize("data", [None, [], "recipe", 3])
 def test_what_is_no_dictionary_is_refused(data: Any) -> None:
     with pytest.raises(cr.CRCoreError, match="a recipe of version 1 is expected"):
@@ -260,6 +279,12 @@ def test_what_a_file_cannot_name_is_refused() -> None:
     own = recipe(consistency=cr.Consistency(lambda student, teacher, **_: student))
     with pytest.raises(cr.CRCoreError, match="cannot be saved: a recipe file can name"):
         own.to_dict()
+
+
+def test_a_recipe_of_a_version_without_a_choice_for_batchnorm_is_read() -> None:
+    data = recipe(ema=cr.EMA(0.9)).to_dict()
+    assert data["ema"].pop("batchnorm") == "average"
+    assert cr.Recipe.from_dict(data) == recipe(ema=cr.EMA(0.9))
 
 
 def test_from_dict_leaves_its_argument_alone() -> None:
@@ -276,6 +301,7 @@ def test_from_dict_leaves_its_argument_alone() -> None:
         (cr.EMA(0.05, warmup=10), cr.EMA(0.05)),  # the cap is never below 0.1
         (cr.Consistency(cr.kl_divergence, weight=0.0), cr.Consistency(cr.js_divergence, weight=0, temperature=2.0)),
         (cr.DoReFa(4, per_channel=True).for_role("activation"), cr.DoReFa(4).for_role("activation")),
+        (recipe(dampening=cr.Dampening(0.0)), recipe()),
     ],
 )
 def test_what_cannot_act_plays_no_part_in_equality(one, other) -> None:
@@ -295,6 +321,7 @@ def test_dropping_the_idle_part_of_a_warm_up_changes_no_decay(decay) -> None:
     "make",
     [
         lambda: cr.EMA(quantized="no"),
+        lambda: cr.EMA(batchnorm="freeze"),
         lambda: cr.Consistency(temperature="hot"),
         lambda: cr.Consistency(threshold="high"),
         lambda: cr.MinMax(4, momentum="slow"),

@@ -167,6 +167,7 @@ def test_a_constant_decay_is_the_number() -> None:
     assert cr.EMA(cr.linear_ramp(0.9, 10, start=0.9)) == cr.EMA(0.9)
     assert cr.EMA(0.9) != cr.EMA(0.9, warmup=5)
     assert cr.EMA(0.9) != cr.EMA(0.9, quantized=False)
+    assert cr.EMA(0.9) != cr.EMA(0.9, batchnorm="copy")
 
 
 @pytest.mark.parametrize("decay", [1.0 - 2.0**-53, 1.0 - 1e-12])

@@ -11,6 +11,7 @@ import crcore_torch
 import pytest
 
 import crcore
+import crcore.flatness
 import crcore.testing
 from crcore.cli._arguments import build_parser, settings_from
 
@@ -82,7 +83,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [crcore, crcore_torch, crcore_keras, crcore.testing], ids=lambda module: module.__name__
+    "module", [crcore, crcore_torch, crcore_keras, crcore.flatness, crcore.testing], ids=lambda module: module.__name__
 )
 def test_every_public_name_is_listed(module: object) -> None:
     sections = (ROOT / "docs/api.md").read_text(encoding="utf-8").split("\n## ")

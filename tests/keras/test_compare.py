@@ -227,6 +227,67 @@ def test_a_stopped_run_resumes_to_the_same_numbers(crcore, finished, tmp_path, m
         assert_same_history(run_of(tmp_path / "out", method)["history"], run_of(finished, method)["history"])
 
 
+# Sweep
+
+
+def test_a_sweep_over_what_becomes_of_batchnorm(crcore, tmp_path) -> None:
+    axes = ("--vary", "teacher-batchnorm=average,copy", "--vary", "reestimate-batchnorm=0,2")
+    arguments = (*KERAS, *SMALL, "--epochs", 1, "--methods", "qat+cr", "--out", tmp_path / "out")
+    outcome = crcore("sweep", *axes, *arguments)
+    assert outcome.status == 0, outcome.err
+    assert len(list((tmp_path / "out").rglob("float.keras"))) == 1
+    points = json.loads((tmp_path / "out/sweep.json").read_text())["points"]
+
+    def read(point: dict[str, Any], role: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """BatchNorm's statistics, and all other weights."""
+        network = keras.models.load_model(
+            tmp_path / "out" / point["methods"]["qat+cr"]["runs"] / f"seed0/{role}.keras", compile=False
+        )
+        statistics, others = [], []
+        for variable in network.weights:
+            kind = statistics if "moving" in variable.path else others
+            kind.append(keras.ops.convert_to_numpy(variable))
+        return statistics, others
+
+    averaged, averaged_anew, copied, copied_anew = ({r: read(p, r) for r in ("student", "teacher")} for p in points)
+    assert same(copied["teacher"][0], copied["student"][0])
+    assert not same(averaged["teacher"][0], averaged["student"][0])
+    for plain, anew in ((averaged, averaged_anew), (copied, copied_anew)):
+        for role in ("student", "teacher"):
+            assert not same(plain[role][0], anew[role][0])
+    assert same(averaged["student"][1], averaged_anew["student"][1])
+    assert same(averaged["teacher"][1], averaged_anew["teacher"][1])
+
+
+def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
+    assert len(left) == len(right) > 0
+    return all(np.array_equal(mine, other) for mine, other in zip(left, right, strict=True))
+
+
+def test_a_run_with_remedies_resumes_to_the_same_numbers(crcore, tmp_path, monkeypatch) -> None:
+    remedies = ("--freezing", 0.001, "--dampening", 0.01, "--weight-bits", 2, "--lr", 0.1)
+    arguments = ("compare", *KERAS, *SMALL, "--methods", "qat+cr", *remedies, "--epochs", 6, "--float-epochs", 1)
+    assert crcore(*arguments, "--out", tmp_path / "whole").status == 0
+    saved = _keras_training.save_progress
+
+    def save_and_interrupt(path: Path, model: Any, record: dict[str, Any]) -> None:
+        saved(path, model, record)
+        if path.parent.name == "qat+cr" and len(record["history"]) == 4:
+            assert model.frozen > 0.0
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_keras_training, "save_progress", save_and_interrupt)
+    assert crcore(*arguments, "--out", tmp_path / "halves").status == 130
+    monkeypatch.setattr(_keras_training, "save_progress", saved)
+    assert crcore(*arguments, "--out", tmp_path / "halves", "--resume").status == 0
+    whole, halves = (run_of(tmp_path / name, "qat+cr") for name in ("whole", "halves"))
+    assert_same_history(whole["history"], halves["history"])
+    assert whole["oscillation"] == halves["oscillation"]
+    assert 0.0 < whole["oscillation"]["frozen"] < 1.0
+    assert 0.0 <= whole["oscillation"]["oscillating"] <= whole["oscillation"]["flipped"] < 1.0
+    assert cr.Recipe.from_dict(whole["recipe"]).freezing is not None
+
+
 @pytest.mark.parametrize(
     ("options", "stored", "words"),
     [

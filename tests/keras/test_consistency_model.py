@@ -158,6 +158,40 @@ def test_statistics_are_averaged_and_other_state_is_copied():
     assert float(model.student.layers[-1].count) == float(model.teacher.layers[-1].count) == 2.0
 
 
+def test_batchnorm_statistics_are_copied_where_the_average_says_so():
+    models = {policy: compiled(dense_net(norm=True), recipe(ema=cr.EMA(0.5, batchnorm=policy))) for policy in POLICIES}
+    for model in models.values():
+        fitted(model)
+    for statistic in ("moving_mean", "moving_variance"):
+        found = {policy: read(model.teacher, "norm", statistic) for policy, model in models.items()}
+        students = read(models["copy"].student, "norm", statistic)
+        np.testing.assert_array_equal(found["copy"], students)
+        assert np.any(found["average"] != students)
+    for policy in POLICIES:
+        assert np.any(read(models[policy].teacher, "head", "kernel") != read(models[policy].student, "head", "kernel"))
+
+
+POLICIES = ("average", "copy")
+
+
+def read(network, layer, variable):
+    return ops.convert_to_numpy(getattr(network.get_layer(layer), variable))
+
+
+def test_copied_statistics_are_those_of_optimizer_steps_where_gradients_are_accumulated():
+    chosen = recipe(ema=cr.EMA(0.5, batchnorm="copy"))
+    model = compiled(dense_net(norm=True), chosen, optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    means = []
+    for batch in range(4):
+        model.train_on_batch(*data(4, seed=batch))
+        means.append((read(model.student, "norm", "moving_mean"), read(model.teacher, "norm", "moving_mean")))
+    start, after_second = means[0][1], means[1][0]
+    np.testing.assert_array_equal(means[1][1], start)  # no optimizer step was made yet
+    np.testing.assert_array_equal(means[2][1], after_second)
+    np.testing.assert_array_equal(means[3][1], after_second)
+    assert np.any(after_second != start)
+
+
 def test_a_frozen_range_is_frozen_in_the_teacher_too():
     chosen = cr.Recipe(cr.MinMax(4), cr.MinMax(4), consistency=cr.Consistency(), ema=cr.EMA(0.5))
     model = compiled(chosen=chosen)

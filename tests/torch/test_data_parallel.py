@@ -22,13 +22,17 @@ def replica(rank: int, folder: str) -> None:
         teacher = crt.Teacher(wrapped, cr.EMA(0.5))
         optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
         teacher.follow(optimizer)
+        copying = crt.Teacher(wrapped, cr.EMA(0.5, batchnorm="copy"))
+        copying.follow(optimizer)
         first = None
         for step in range(3):
             x, y = vectors(seed=10 * step + rank)
             x = (1 + 9 * rank) * x + rank  # the replicas' data differ in size and, after ReLU, in what is negative
             train_step(wrapped, teacher, optimizer, (x.abs() if rank == 0 else x, y))
             first = snapshot(student) if first is None else first
-        torch.save({"student": snapshot(student), "teacher": snapshot(teacher), "first": first}, f"{folder}/{rank}.pt")
+        networks = {"student": student, "teacher": teacher, "copying": copying}
+        states = {name: snapshot(network) for name, network in networks.items()}
+        torch.save(states | {"first": first}, f"{folder}/{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -41,6 +45,9 @@ def test_every_replica_ends_with_the_same_scales_and_the_same_teacher(tmp_path):
         assert one[each]["1.running_mean"].ne(two[each]["1.running_mean"]).any()
         assert_same_bits(*[{k: v for k, v in run[each].items() if "running" not in k} for run in (one, two)])
     assert_same_bits(one["teacher"], two["teacher"])
+    assert_same_bits(one["copying"], two["copying"])
+    mean = (one["student"]["1.running_mean"] + two["student"]["1.running_mean"]) / 2
+    torch.testing.assert_close(one["copying"]["model.1.running_mean"], mean)
     assert not one["teacher"]["model.5.input_quantizer.high"].equal(one["first"]["5.input_quantizer.high"])
     assert one["teacher"]["step"] == 3
     assert not one["teacher"]["model.0.weight"].equal(one["student"]["0.weight"])

@@ -64,6 +64,25 @@ def test_it_is_the_cores_average_of_parameters_scales_and_statistics(ema):
     assert torch.equal(teacher.model[1].num_batches_tracked, student[1].num_batches_tracked)
 
 
+@pytest.mark.parametrize("quantizer", [cr.LSQ(4), cr.MinMax(4)])
+def test_batchnorm_statistics_are_copied_where_the_average_says_so(quantizer):
+    student = started(convnet(), cr.Recipe(quantizer, quantizer), batch=images()[0])
+    averaged, copied = (crt.Teacher(student, cr.EMA(0.9, batchnorm=policy)) for policy in ("average", "copy"))
+    optimizer = sgd(student)
+    for teacher in (averaged, copied):
+        teacher.follow(optimizer)
+    for step in range(3):
+        train_step(student, copied, optimizer, images(seed=step))
+        now, mine, other = student.state_dict(), copied.model.state_dict(), averaged.model.state_dict()
+        assert "1.running_var" in now
+        for name in now:
+            if "running" in name:
+                assert torch.equal(mine[name], now[name])
+                assert not torch.equal(other[name], now[name])
+            else:
+                assert torch.equal(mine[name], other[name]), name
+
+
 def test_the_teacher_of_step_t_includes_the_student_after_step_t_minus_1():
     student = started()
     teacher = crt.Teacher(student, cr.EMA(0.5))
