@@ -16,8 +16,9 @@ from crcore import CRCoreError, cross_entropy
 from crcore_torch import _derivatives
 from crcore_torch._convert import IntegerWeight
 from crcore_torch._fake_quantize import FakeQuantize
+from crcore_torch._follow import unwrapped
 from crcore_torch._layers import channel_axis
-from crcore_torch._teacher import Teacher, unwrapped
+from crcore_torch._teacher import Teacher
 from crcore_torch._xp import xp
 
 Loss = Callable[[Tensor, Tensor], Tensor]
