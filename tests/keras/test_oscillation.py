@@ -94,7 +94,7 @@ def test_a_remedy_ends_an_oscillation(remedy):
 
 def test_a_training_with_both_remedies_is_a_plain_loop_in_numpy():
     steps, lr = 30, np.float32(0.2)
-    freezing = cr.Freezing(cr.linear_ramp(0.0, steps=16, start=0.8), momentum=0.3)
+    freezing = cr.Freezing(cr.linear_ramp(0.0, steps=16, start=0.83), momentum=0.3)  # no frequency is a threshold
     dampening = cr.Dampening(cr.linear_ramp(0.3, steps=20))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(steps, 4, 6)).astype("float32")
