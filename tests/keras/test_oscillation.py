@@ -94,7 +94,7 @@ def test_a_remedy_ends_an_oscillation(remedy):
 
 def test_a_training_with_both_remedies_is_a_plain_loop_in_numpy():
     steps, lr = 30, np.float32(0.2)
-    freezing = cr.Freezing(cr.linear_ramp(0.0, steps=16, start=0.8), momentum=0.3)
+    freezing = cr.Freezing(cr.linear_ramp(0.0, steps=16, start=0.83), momentum=0.3)  # no frequency is a threshold
     dampening = cr.Dampening(cr.linear_ramp(0.3, steps=20))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(steps, 4, 6)).astype("float32")
@@ -125,8 +125,7 @@ def test_a_training_with_both_remedies_is_a_plain_loop_in_numpy():
 
     history = model.fit(x.reshape(-1, 6), y.reshape(-1, 3), batch_size=4, shuffle=False, verbose=0).history
     assert history["loss"][-1] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert 0.0 < model.frozen < 1.0
-    assert model.frozen == state.frozen.mean()
+    assert model.frozen == state.frozen.mean() > 0.0
     np.testing.assert_allclose(numbers(layer._kernel), w, atol=1e-5)
     np.testing.assert_allclose(numbers(layer.weight_quantizer.scale), scale.item(), atol=1e-5)
 
