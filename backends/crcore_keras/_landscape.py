@@ -93,7 +93,7 @@ class Landscape:
         self.weights: NDArray[np.float64] = self._vector([array.variable for array, _ in self._entries])
         self.filters: NDArray[np.int64] = _numbered([filters for _, filters in self._entries])
         self._evaluate = _derivatives.compiled(self._outputs)
-        self._gradient, self._product = _derivatives.gradient(self._sum), _derivatives.product(self._sum)
+        self._gradient, self._product = _derivatives.gradient(self._total), _derivatives.product(self._total)
 
     @property
     def size(self) -> int:
@@ -153,7 +153,7 @@ class Landscape:
             )
         return losses, logits
 
-    def _sum(self, tensors: Sequence[Any], x: Any, y: Any) -> Any:
+    def _total(self, tensors: Sequence[Any], x: Any, y: Any) -> Any:
         return ops.sum(self._outputs(tensors, x, y)[0])
 
     def _vector(self, values: Sequence[Any]) -> NDArray[np.float64]:
