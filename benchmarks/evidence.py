@@ -48,17 +48,31 @@ class Run:
 
 
 COMPARED = ("fp32", "qat", "qat+cr", "qat+cr+unlabeled")
+SHORT = f"{CIFAR} --labels 250 --epochs 250 --evaluate-every 125 --consistency-weight 5"
 RUNS = {
-    "digits-labels": Run(f"crcore sweep {DIGITS} --vary labels=30,60,120 --vary consistency-weight=1,5 --seeds 5"),
     "labels-250": Run(
         f"crcore sweep {FEWEST} --vary bits=4 --consistency-weight 5 --seeds 5 "
         "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 2"),
     "labels-4000": Run(
-        f"crcore sweep {CIFAR} --labels 4000 --epochs 24 --evaluate-every 6 --vary student-view=strong,weak"
+        f"crcore sweep {CIFAR} --labels 4000 --epochs 24 --evaluate-every 6 --consistency-weight 2 "
+        "--vary student-view=strong,weak --methods fp32,qat,qat+ema,qat+cr"
     ),
-    "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 2 --vary bits=4,2"),
+    "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 2 --consistency-weight 2 --vary bits=4,2"),
+    "digits-labels": Run(f"crcore sweep {DIGITS} --vary labels=30,60,120 --vary consistency-weight=1,5"),
+    "lambda": Run(
+        f"crcore sweep {SHORT} --vary consistency-weight=1,5,20 --vary ramp-shape=sigmoid,constant "
+        "--methods fp32,qat,qat+ema,qat+cr+unlabeled"
+    ),
+    "unlabeled": Run(f"crcore sweep {SHORT} --vary unlabeled=250,2500,all --methods fp32,qat,qat+ema,qat+cr+unlabeled"),
+    "quantizers": Run(
+        f"crcore sweep {SHORT} --vary quantizer=lsq,lsq+,pact,dorefa,minmax --methods fp32,qat,qat+ema,qat+cr+unlabeled"
+    ),
+    "other-libraries": Run(
+        f"python benchmarks/other_students.py {SHORT} --libraries brevitas,torchao --students qat+ema,qat+cr+unlabeled",
+        kept=("results.json", "table.md"),
+    ),
     "flatness": Run(
         "crcore flatness {networks} --top 50 --samples 250",
         kept=("flatness.json", "flatness.png"),
@@ -93,7 +107,7 @@ def main() -> None:
         out = given.out / name
         out.mkdir(parents=True, exist_ok=True)
         if run.of is None:
-            start(run.command.format(data=given.data), "--out", str(out), "--resume")
+            start(run.command.format(data=given.data), "--out", str(out), "--resume")  # a new folder is begun
         else:
             networks = shlex.join(map(str, networks_of(run, given.out / run.of)))
             figure, file = (out / f"{name}.{ending}" for ending in ("png", "json"))
@@ -108,8 +122,10 @@ def start(command: str, *options: str) -> str:
     """Run a command in this Python, with the networks that stand beside this file at hand; return what it printed."""
     path = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     measures = "--json" in options
+    program, *arguments = shlex.split(command)
+    script = ["-m", "crcore.cli"] if program == "crcore" else [str(ROOT / arguments.pop(0))]
     done = subprocess.run(
-        [sys.executable, "-m", "crcore.cli", *shlex.split(command)[1:], *options],
+        [sys.executable, *script, *arguments, *options],
         env=os.environ | {"PYTHONPATH": path},
         stdout=subprocess.PIPE if measures else None,
         text=True,

@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--libraries", type=names_of(LIBRARIES), default=LIBRARIES)
     parser.add_argument("--students", type=names_of(TRAINED), default=("qat+ema", "qat+cr"))
     options, others = parser.parse_known_args()
-    settings = settings_from(build_parser("0").parse_args(["compare", "--methods", "fp32", *others]))
-    out = Path(build_parser("0").parse_args(["compare", *others]).out)
-    session = open_session(settings, out=out, resume=out.exists())
+    arguments = build_parser("0").parse_args(["compare", "--methods", "fp32", *others])
+    out = Path(arguments.out or parser.error("--out is needed: a folder"))
+    session = open_session(settings_from(arguments), out=out, resume=arguments.resume)
     records = [
         record for library in options.libraries for record in runs_of(library, options.students, session, Console())
     ]
