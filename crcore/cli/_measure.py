@@ -149,7 +149,7 @@ class Subject:
         """From pixels to the network's input."""
         shape = [1] * pixels.ndim
         shape[self.backend.channel_axis] = -1
-        mean, std = (np.reshape(np.float32(values), shape) for values in (self.info.mean, self.info.std))
+        mean, std = (np.reshape(np.asarray(each, np.float32), shape) for each in (self.info.mean, self.info.std))
         normalized: NDArray[np.float32] = (pixels.astype(np.float32) - mean) / std
         return normalized
 
