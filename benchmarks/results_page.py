@@ -20,7 +20,7 @@ from typing import Any
 from evidence import RESULTS, ROOT, RUNS
 from performance_page import grid
 
-from crcore.cli._report import gain, spread
+from crcore.cli._report import Gain, gain, spread
 
 PAGE = ROOT / "docs" / "results.md"
 PART = re.compile(r"(<!-- (?P<kind>\w+) (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -170,7 +170,40 @@ def measured(
     return f"{command(name)}, the networks of `{of}`, {seeds} seeds\n\n{grid(['method', *columns], rows)}\n\n{figure}"
 
 
-PARTS: dict[str, Callable[[str], str]] = {"sweep": sweep, "flatness": flatness, "sensitivity": sensitivity}
+def students(name: str) -> str:
+    """What consistency gained on other libraries' students, over the average of the control."""
+    found = read(name, "results.json")
+    runs: dict[str, dict[str, dict[int, Any]]] = {}
+    for record in found["runs"]:
+        runs.setdefault(record["library"], {}).setdefault(record["method"], {})[record["seed"]] = record
+    head = ["library", "method", "accuracy %", "average %", "gain over qat", "average over qat+ema's average"]
+    rows = []
+    for library, methods in runs.items():
+        plain = methods["qat+ema"]  # its student is plain QAT's
+        for method, each in methods.items():
+            accuracies = [[run[column] for run in each.values()] for column in ("accuracy", "teacher_accuracy")]
+            gains = ["-", "-"]
+            if method != "qat+ema":
+                gains = [
+                    with_interval(gain([run[column] - plain[seed][column] for seed, run in each.items()]))
+                    for column in ("accuracy", "teacher_accuracy")
+                ]
+            rows.append([library, method, *(str(spread(values)) for values in accuracies), *gains])
+    return f"{command(name)}, {len(found['settings']['seeds'])} seeds\n\n{grid(head, rows)}"
+
+
+def with_interval(found: Gain) -> str:
+    """As `interval`."""
+    ends = None if found.half is None else [found.mean - found.half, found.mean + found.half]
+    return interval({"mean": found.mean, "interval": ends})
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "sweep": sweep,
+    "flatness": flatness,
+    "sensitivity": sensitivity,
+    "students": students,
+}
 
 
 if __name__ == "__main__":
