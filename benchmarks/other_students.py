@@ -106,8 +106,6 @@ def run(library: str, name: str, session: Session, seed: int, console: Console) 
 
 def tables(records: list[dict[str, Any]], session: Session) -> list[str]:
     """A table for each library, in which the average's control stands for plain QAT: its student is plain QAT's."""
-    from crcore.cli._commands import _data
-
     found = []
     for library in dict.fromkeys(record["library"] for record in records):
         mine = [record for record in records if record["library"] == library]
@@ -115,7 +113,7 @@ def tables(records: list[dict[str, Any]], session: Session) -> list[str]:
             record | {"method": "qat", "teacher_accuracy": None} for record in mine if record["method"] == "qat+ema"
         ]
         settings = replace(session.settings, quantizer=library).to_dict()
-        found.append(markdown([*plain, *mine], settings, _data(session)))
+        found.append(markdown([*plain, *mine], settings, session.data.to_dict()))
     return found
 
 

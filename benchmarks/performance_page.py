@@ -11,13 +11,13 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from shared import rewrite
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
@@ -47,15 +47,7 @@ TITLES = {
 
 def main() -> None:
     """Rewrite the pages, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a table is another")
-    given = parser.parse_args()
-    for page in PAGES:
-        old = page.read_text(encoding="utf-8")
-        new = updated(old)
-        if given.check and old != new:
-            sys.exit(f"{page} is not what the results give; run: python benchmarks/{Path(__file__).name}")
-        page.write_text(new, encoding="utf-8")
+    rewrite(PAGES, updated, __doc__)
 
 
 def updated(page: str) -> str:

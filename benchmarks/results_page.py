@@ -9,16 +9,14 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from evidence import RESULTS, ROOT, RUNS
 from performance_page import grid
+from shared import rewrite
 
 from crcore.cli._report import Gain, gain, spread
 
@@ -28,14 +26,7 @@ PART = re.compile(r"(<!-- (?P<kind>\w+) (?P<name>[\w.-]+) -->\n).*?(<!-- end -->
 
 def main() -> None:
     """Rewrite the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a part is another")
-    given = parser.parse_args()
-    old = PAGE.read_text(encoding="utf-8")
-    new = updated(old)
-    if given.check and old != new:
-        sys.exit(f"{PAGE} is not what the results give; run: python benchmarks/{Path(__file__).name}")
-    PAGE.write_text(new, encoding="utf-8")
+    rewrite((PAGE,), updated, __doc__)
 
 
 def updated(page: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -33,3 +33,16 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def rewrite(pages: Sequence[Path], updated: Callable[[str], str], description: str | None) -> None:
+    """The command line of a script that makes parts of pages anew: rewrite them, or check them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a part is another")
+    given = parser.parse_args()
+    for page in pages:
+        old = page.read_text(encoding="utf-8")
+        new = updated(old)
+        if given.check and old != new:
+            sys.exit(f"{page} is not what the results give; run: python {sys.argv[0]}")
+        page.write_text(new, encoding="utf-8")

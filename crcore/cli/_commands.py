@@ -25,9 +25,9 @@ def compare(settings: Settings, *, out: Path, resume: bool) -> None:
     """Train every method with every seed and show the table."""
     session = open_session(settings, out=out, resume=resume)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"{title(session.settings.to_dict(), _data(session))}; results go to {out}", highlight=False)
+    console.print(f"{title(session.settings.to_dict(), session.data.to_dict())}; results go to {out}", highlight=False)
     records = _train_all(session, console, command="compare")
-    settings_, data = session.settings.to_dict(), _data(session)
+    settings_, data = session.settings.to_dict(), session.data.to_dict()
     write_text(out / "table.md", markdown(records, settings_, data))
     draw_curves(out / "curves.png", records, title(settings_, data))
     _print_table(console, records, title(settings_, data), notes(settings_, data))
@@ -96,7 +96,7 @@ def _train_all(session: Session, console: Console, *, command: str) -> list[dict
                 "engine": session.backend.engine,
                 "complete": len(records) == len(session.settings.seeds) * len(session.settings.methods),
                 "settings": session.settings.to_dict(),
-                "data": _data(session),
+                "data": session.data.to_dict(),
                 "versions": session.versions,
                 "runs": records,
             }
@@ -123,20 +123,6 @@ def _print_time(console: Console, records: list[dict[str, Any]]) -> None:
     line = time_spent(records)
     if line is not None:
         console.print(line, highlight=False)
-
-
-def _data(session: Session) -> dict[str, Any]:
-    data = session.data
-    return {
-        "name": data.name,
-        "train": len(data.train.labels),
-        "test": len(data.test.labels),
-        "test_source": data.test_source,
-        "classes": list(data.classes),
-        "channels": data.channels,
-        "size": list(data.size),
-        "fingerprint": data.fingerprint,
-    }
 
 
 def _check_expected(checkpoint: Path, model: str, recipe: cr.Recipe | None, expected: dict[str, Any]) -> None:

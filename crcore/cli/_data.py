@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,19 @@ class ImageData:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return (self.train.images.shape[2], self.train.images.shape[3])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results say of the data."""
+        return {
+            "name": self.name,
+            "train": len(self.train.labels),
+            "test": len(self.test.labels),
+            "test_source": self.test_source,
+            "classes": list(self.classes),
+            "channels": self.channels,
+            "size": list(self.size),
+            "fingerprint": self.fingerprint,
+        }
 
 
 def load_data(name: str, *, image_size: int | None = None) -> ImageData:

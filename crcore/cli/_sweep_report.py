@@ -94,19 +94,7 @@ def results(grid: Grid) -> dict[str, Any]:
         ),
         "axes": {axis: list(dict.fromkeys(point.values[axis] for point in grid.points)) for axis in grid.axes},
         "settings": common,
-        "data": [
-            {
-                "name": data.name,
-                "train": len(data.train.labels),
-                "test": len(data.test.labels),
-                "test_source": data.test_source,
-                "classes": list(data.classes),
-                "channels": data.channels,
-                "size": list(data.size),
-                "fingerprint": data.fingerprint,
-            }
-            for data in grid.data
-        ],
+        "data": [data.to_dict() for data in grid.data],
         "versions": grid.versions,
         "points": [
             {
