@@ -60,6 +60,10 @@ RUNS = {
         "--vary student-view=strong,weak --methods fp32,qat,qat+ema,qat+cr"
     ),
     "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 2 --consistency-weight 2 --vary bits=4,2"),
+    "digits-30": Run(
+        "crcore sweep --labels 30 --student-view strong --float-epochs 1000 --consistency-weight 5 --evaluate-every 200 "
+        "--vary epochs=200,1000 --vary bits=4,2 --seeds 5 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
+    ),
     "digits-labels": Run(f"crcore sweep {DIGITS} --vary labels=30,60,120 --vary consistency-weight=1,5"),
     "lambda": Run(
         f"crcore sweep {SHORT} --vary consistency-weight=1,5,20 --vary ramp-shape=sigmoid,constant "
