@@ -32,7 +32,9 @@ CIFAR = "--data {data} --image-size 16 --student-view strong"
 # 1,500 optimizer steps; a pass over 250 labeled images, in batches of 64, is 3 of them, over 1,000 it is 15.
 FEWEST = f"{CIFAR} --labels 250 --epochs 500 --evaluate-every 125"
 FEW = f"{CIFAR} --labels 1000 --epochs 100 --evaluate-every 25"
-DIGITS = "--epochs 200 --student-view strong --evaluate-every 100"
+# scikit-learn's digits: with 30 labels a pass is one step.
+DIGITS = "--student-view strong"
+SCARCE = f"{DIGITS} --labels 30 --epochs 1000 --evaluate-every 200 --consistency-weight 5"
 SWEEP = ("sweep.json", "table.md", "sweep.png")
 
 
@@ -44,11 +46,10 @@ class Run:
     kept: tuple[str, ...] = SWEEP
     of: str | None = None  # the sweep whose networks are measured
     methods: tuple[str, ...] = ()  # of that sweep
-    point: int = 0  # of that sweep
+    point: int = 0  # its number in that sweep
 
 
 COMPARED = ("fp32", "qat", "qat+cr", "qat+cr+unlabeled")
-SHORT = f"{CIFAR} --labels 250 --epochs 250 --evaluate-every 125 --consistency-weight 5"
 RUNS = {
     "labels-250": Run(
         f"crcore sweep {FEWEST} --vary bits=4 --consistency-weight 5 --seeds 5 "
@@ -61,33 +62,39 @@ RUNS = {
     ),
     "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 2 --consistency-weight 2 --vary bits=4,2"),
     "digits-30": Run(
-        "crcore sweep --labels 30 --student-view strong --float-epochs 1000 --consistency-weight 5 --evaluate-every 200 "
+        f"crcore sweep {DIGITS} --labels 30 --float-epochs 1000 --consistency-weight 5 --evaluate-every 200 "
         "--vary epochs=200,1000 --vary bits=4,2 --seeds 5 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
-    "digits-labels": Run(f"crcore sweep {DIGITS} --vary labels=30,60,120 --vary consistency-weight=1,5"),
+    "digits-labels": Run(
+        f"crcore sweep {DIGITS} --epochs 200 --evaluate-every 100 --vary labels=30,60,120 --vary consistency-weight=1,5"
+    ),
     "lambda": Run(
-        f"crcore sweep {SHORT} --vary consistency-weight=1,5,20 --vary ramp-shape=sigmoid,constant "
+        f"crcore sweep {SCARCE} --vary consistency-weight=0.5,2,5,20 --vary ramp-shape=sigmoid,constant "
         "--methods fp32,qat,qat+ema,qat+cr+unlabeled"
     ),
-    "unlabeled": Run(f"crcore sweep {SHORT} --vary unlabeled=250,2500,all --methods fp32,qat,qat+ema,qat+cr+unlabeled"),
+    "unlabeled": Run(
+        f"crcore sweep {SCARCE} --vary unlabeled=30,120,480,all --methods fp32,qat,qat+ema,qat+cr+unlabeled"
+    ),
     "quantizers": Run(
-        f"crcore sweep {SHORT} --vary quantizer=lsq,lsq+,pact,dorefa,minmax --methods fp32,qat,qat+ema,qat+cr+unlabeled"
+        f"crcore sweep {SCARCE} --vary quantizer=lsq,lsq+,pact,dorefa,minmax --methods fp32,qat,qat+ema,qat+cr+unlabeled"
     ),
     "other-libraries": Run(
-        f"python benchmarks/other_students.py {SHORT} --libraries brevitas,torchao --students qat+ema,qat+cr+unlabeled",
+        f"python benchmarks/other_students.py {SCARCE} --libraries brevitas,torchao --students qat+ema,qat+cr+unlabeled",
         kept=("results.json", "table.md"),
     ),
     "flatness": Run(
-        "crcore flatness {networks} --top 50 --samples 250",
+        "crcore flatness {networks} --top 50 --samples 256 --split test",
         kept=("flatness.json", "flatness.png"),
-        of="labels-250",
+        of="digits-30",
         methods=COMPARED,
+        point=2,
     ),
     "sensitivity": Run(
-        "crcore sensitivity {networks} --samples 1000 --draws 5",
+        "crcore sensitivity {networks} --samples 599 --draws 5",
         kept=("sensitivity.json", "sensitivity.png"),
-        of="labels-250",
+        of="digits-30",
         methods=COMPARED,
+        point=2,
     ),
 }
 
