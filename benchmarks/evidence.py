@@ -49,6 +49,7 @@ class Run:
     point: int = 0  # its number in that sweep
 
 
+CONTROLLED = "fp32,qat,qat+ema,qat+cr+unlabeled"
 COMPARED = ("fp32", "qat", "qat+cr", "qat+cr+unlabeled")
 RUNS = {
     "labels-250": Run(
@@ -70,16 +71,13 @@ RUNS = {
     ),
     "lambda": Run(
         f"crcore sweep {SCARCE} --vary consistency-weight=0.5,2,5,20 --vary ramp-shape=sigmoid,constant "
-        "--methods fp32,qat,qat+ema,qat+cr+unlabeled"
+        f"--methods {CONTROLLED}"
     ),
-    "unlabeled": Run(
-        f"crcore sweep {SCARCE} --vary unlabeled=30,120,480,all --methods fp32,qat,qat+ema,qat+cr+unlabeled"
-    ),
-    "quantizers": Run(
-        f"crcore sweep {SCARCE} --vary quantizer=lsq,lsq+,pact,dorefa,minmax --methods fp32,qat,qat+ema,qat+cr+unlabeled"
-    ),
+    "unlabeled": Run(f"crcore sweep {SCARCE} --vary unlabeled=30,120,480,all --methods {CONTROLLED}"),
+    "quantizers": Run(f"crcore sweep {SCARCE} --vary quantizer=lsq,lsq+,pact,dorefa,minmax --methods {CONTROLLED}"),
     "other-libraries": Run(
-        f"python benchmarks/other_students.py {SCARCE} --libraries brevitas,torchao --students qat+ema,qat+cr+unlabeled",
+        f"python benchmarks/other_students.py {SCARCE} --libraries brevitas,torchao "
+        "--students qat+ema,qat+cr+unlabeled",
         kept=("results.json", "table.md"),
     ),
     "flatness": Run(
