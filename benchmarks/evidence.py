@@ -70,10 +70,10 @@ RUNS = {
         f"crcore sweep {DIGITS} --epochs 200 --evaluate-every 100 --vary labels=30,60,120 --vary consistency-weight=1,5"
     ),
     "lambda": Run(
-        f"crcore sweep {SCARCE} --vary consistency-weight=0.5,2,5,20 --vary ramp-shape=sigmoid,constant "
+        f"crcore sweep {SCARCE} --vary consistency-weight=1,5,20 --vary ramp-shape=sigmoid,constant "
         f"--methods {CONTROLLED}"
     ),
-    "unlabeled": Run(f"crcore sweep {SCARCE} --vary unlabeled=30,120,480,all --methods {CONTROLLED}"),
+    "unlabeled": Run(f"crcore sweep {SCARCE} --vary unlabeled=120,all --methods {CONTROLLED}"),
     "quantizers": Run(f"crcore sweep {SCARCE} --vary quantizer=lsq,lsq+,pact,dorefa,minmax --methods {CONTROLLED}"),
     "other-libraries": Run(
         f"python benchmarks/other_students.py {SCARCE} --libraries brevitas,torchao "

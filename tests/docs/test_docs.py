@@ -175,3 +175,28 @@ def test_the_results_of_the_readme_are_those_of_the_recorded_runs(heading, run) 
     recorded = rows((ROOT / f"docs/results/{run}/table.md").read_text(encoding="utf-8"))
     assert rows(section) == recorded
     assert len(recorded) == 6
+
+
+def test_the_results_page_is_what_the_recorded_runs_give(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evidence
+    import results_page
+
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert results_page.updated(page) == page
+    shown = {match["name"] for match in results_page.PART.finditer(page)}
+    assert shown == set(evidence.RUNS)
+    for name, run in evidence.RUNS.items():
+        assert {file.name for file in (ROOT / "docs/results" / name).iterdir()} == set(run.kept)
+
+
+def test_the_commands_of_the_evidence_parse(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import evidence
+
+    for run in evidence.RUNS.values():
+        program, *words = shlex.split(run.command.format(data="cifar10/", networks="a b"))
+        if program == "crcore":
+            build_parser("0").parse_args(words)
+        else:
+            assert (ROOT / words[0]).is_file()
