@@ -255,7 +255,8 @@ class ConsistencyModel(keras.Model):
 
         Done before evaluation and at the end of ``fit``.
         """
-        if int(ops.convert_to_numpy(self._updates)) < int(ops.convert_to_numpy(self._steps)):
+        is_due = int(ops.convert_to_numpy(self._updates)) < int(ops.convert_to_numpy(self._steps))
+        if is_due or self._freezer is not None:  # on JAX, the last batch may have left frozen weights elsewhere
             self._follow()
 
     def save_own_variables(self, store: Any) -> None:
