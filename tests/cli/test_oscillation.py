@@ -78,6 +78,8 @@ def test_the_recipe_of_a_run_holds_its_remedies(crcore, tmp_path) -> None:
     assert recipe.dampening == cr.Dampening(cr.cosine_ramp(0.01, steps=run["steps"]))
     assert recipe.freezing == cr.Freezing(cr.cosine_ramp(0.001, steps=run["steps"], start=0.004))
     assert 0.0 < run["oscillation"]["frozen"] < 1.0
+    note = "weights that oscillate are dampened with a weight of 0.01 and frozen above a frequency of 0.001."
+    assert note in (tmp_path / "out/table.md").read_text()
     teacher = tmp_path / "out/seed0/qat+cr/teacher.safetensors"
     with safe_open(teacher, "pt") as file:
         assert "freezing" in file.metadata()["crcore"]
