@@ -24,6 +24,9 @@ def reestimate_batchnorm(model: Any, batches: Iterable[Any]) -> None:
     quantizers do not observe, dropout does not drop. Nothing but the statistics changes; layers that no batch reaches
     keep theirs. The model runs eagerly.
 
+    In a callback, and after ``train_on_batch``, call ``ConsistencyModel.update_teacher()`` first: an update that is due
+    would change the average's statistics again. ``fit`` ends with it.
+
     Args:
         model: a model from `prepare`, a ``ConsistencyModel`` (then it is its student), its ``teacher``, or a float
             model.

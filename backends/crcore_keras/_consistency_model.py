@@ -45,8 +45,8 @@ class ConsistencyModel(keras.Model):
     Args:
         student: a model from `prepare`. Its output is taken for logits, or, where its last layer is a softmax, for
             probabilities.
-        recipe: whose ``consistency`` and ``ema`` are used. Without ``consistency`` this is QAT, with an average where
-            ``ema`` is given.
+        recipe: whose ``consistency``, ``ema``, ``dampening`` and ``freezing`` are used. Without ``consistency`` this is
+            QAT, with an average where ``ema`` is given.
         augment: a layer, or a function of a batch, applied twice with independent draws. None: the training data yield
             both views, ``((view, other_view), y)``.
         output: the name of the output that is held to the teacher, of a model with several.
@@ -255,7 +255,8 @@ class ConsistencyModel(keras.Model):
 
         Done before evaluation and at the end of ``fit``.
         """
-        if int(ops.convert_to_numpy(self._updates)) < int(ops.convert_to_numpy(self._steps)):
+        is_due = int(ops.convert_to_numpy(self._updates)) < int(ops.convert_to_numpy(self._steps))
+        if is_due or self._freezer is not None:  # on JAX, the last batch may have left frozen weights elsewhere
             self._follow()
 
     def save_own_variables(self, store: Any) -> None:

@@ -16,7 +16,8 @@ class OscillationMeter(keras.callbacks.Callback):
     """How many integer weights change, and how many oscillate, in a window of training.
 
     As a callback of ``fit`` it looks after each batch, and its window is the epoch: afterwards it holds the last one's.
-    In a loop of your own, call `update` after each step, and `reset` for a new window.
+    In a loop of your own, call `update` after each step, and `reset` for a new window; where the recipe freezes,
+    call ``meter.set_model(model)`` before, so that it sees frozen weights.
 
     It reads the weights back after each batch, which on JAX and on a GPU takes longer than that of a small network: use
     it for the epochs that you want to know of. With ``steps_per_execution`` it sees the last step of each execution.

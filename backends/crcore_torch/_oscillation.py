@@ -122,6 +122,8 @@ class DampeningLoss(nn.Module):
         traced = isinstance(step, Tensor)
         factor = self.dampening.weight_at(step.float(), xp=xp) if traced else self.dampening.weight_at(step)  # type: ignore[union-attr]
         weights = _weights(unwrapped(student))
+        for weight in weights:  # at the first step already, where a ramp has a factor of zero
+            self.dampening.check(weight.quantizer.quantizer)
         if not traced and float(factor) == 0.0:  # plain QAT, to the bit
             return weights[0].parameter.new_zeros(())
         return factor * sum(self._distance(weight) for weight in weights)  # type: ignore[no-any-return]

@@ -137,13 +137,18 @@ def notes(settings: dict[str, Any], data: dict[str, Any]) -> list[str]:
         f"Common to all: batch {settings['batch_size']}, the student's {settings['student_view']} views (the same bits "
         "in every method), SGD with a cosine schedule. The EMA teacher sees "
         f"{settings['teacher_view']} views of its own.",
-        *_batchnorm(settings),
+        *_of_qat(settings),
     ]
 
 
-def _batchnorm(settings: dict[str, Any]) -> list[str]:
+def _of_qat(settings: dict[str, Any]) -> list[str]:
+    """What was asked of all QAT methods beside what each is said to do; earlier versions did not store it."""
+    dampening, freezing = settings.get("dampening"), settings.get("freezing")
+    remedies = [f"dampened with a weight of {dampening}"] if dampening else []
+    remedies += [f"frozen above a frequency of {freezing}"] if freezing is not None else []
+    found = [f"In all QAT methods, weights that oscillate are {' and '.join(remedies)}."] if remedies else []
     count = settings.get("reestimate_batchnorm", 0)
-    return [f"BatchNorm's statistics were measured anew on {count} batches after QAT."] if count else []
+    return found + ([f"BatchNorm's statistics were measured anew on {count} batches after QAT."] if count else [])
 
 
 # Of a run's `seconds_by_part`, in the order of a step. The Keras backend sees teacher, student and update as one.

@@ -78,6 +78,8 @@ def test_the_recipe_of_a_run_holds_its_remedies(crcore, tmp_path) -> None:
     assert recipe.dampening == cr.Dampening(cr.cosine_ramp(0.01, steps=run["steps"]))
     assert recipe.freezing == cr.Freezing(cr.cosine_ramp(0.001, steps=run["steps"], start=0.004))
     assert 0.0 < run["oscillation"]["frozen"] < 1.0
+    note = "weights that oscillate are dampened with a weight of 0.01 and frozen above a frequency of 0.001."
+    assert note in (tmp_path / "out/table.md").read_text()
     teacher = tmp_path / "out/seed0/qat+cr/teacher.safetensors"
     with safe_open(teacher, "pt") as file:
         assert "freezing" in file.metadata()["crcore"]
@@ -96,20 +98,23 @@ def test_dampening_brings_weights_to_the_middle_of_their_bins(crcore, tmp_path) 
     assert distances[1] < 0.5 * distances[0]
 
 
-def test_a_run_with_remedies_resumes_to_the_same_bits(crcore, tmp_path, monkeypatch) -> None:
-    assert crcore(*arguments(tmp_path / "whole", *REMEDIES)).status == 0
+def test_a_run_with_all_options_resumes_to_the_same_bits(crcore, tmp_path, monkeypatch) -> None:
+    options = (*REMEDIES, "--reestimate-batchnorm", 2, "--teacher-batchnorm", "copy")
+    assert crcore(*arguments(tmp_path / "whole", *options)).status == 0
     saved = _training.save_progress
 
     def save_and_interrupt(path: Path, modules: Any, optimizer: Any, record: dict[str, Any]) -> None:
         saved(path, modules, optimizer, record)
-        if path.parent.name == "qat+cr" and len(record["history"]) == 4:
+        if path.parent.name == "qat+cr" and len(record["history"]) in (4, 6):
             assert modules["freezer"].frozen > 0.0
             raise KeyboardInterrupt
 
     monkeypatch.setattr(_training, "save_progress", save_and_interrupt)
-    assert crcore(*arguments(tmp_path / "halves", *REMEDIES)).status == 130
+    assert crcore(*arguments(tmp_path / "halves", *options)).status == 130
+    again = crcore(*arguments(tmp_path / "halves", *options), "--resume")
+    assert again.status == 130  # after the last epoch, with BatchNorm measured already
     monkeypatch.setattr(_training, "save_progress", saved)
-    assert crcore(*arguments(tmp_path / "halves", *REMEDIES), "--resume").status == 0
+    assert crcore(*arguments(tmp_path / "halves", *options), "--resume").status == 0
     whole, halves = contents(tmp_path / "whole"), contents(tmp_path / "halves")
     for name in ("student.safetensors", "teacher.safetensors"):
         assert whole[f"seed0/qat+cr/{name}"] == halves[f"seed0/qat+cr/{name}"]

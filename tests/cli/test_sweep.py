@@ -102,6 +102,8 @@ OTHERWISE = {
     "unlabeled": 60,
     "teacher_batchnorm": "copy",
     "reestimate_batchnorm": 2,
+    "dampening": 0.1,
+    "freezing": 0.01,
 }
 
 
@@ -329,6 +331,7 @@ def test_what_an_earlier_version_did_not_store_counts_as_its_default(crcore, out
     before = contents(out)
     stored = swept(out)
     assert stored["settings"].pop("teacher_batchnorm") == "average"
+    assert stored["settings"].pop("freezing") is stored["settings"].pop("dampening") is None
     (out / "sweep.json").write_text(json.dumps(stored))
     arguments = ("sweep", *TINY, *METHODS_, *VARY, "--out", out, "--resume")
     refused(crcore(*arguments, "--teacher-batchnorm", "copy"), "--teacher-batchnorm average, which is now missing")

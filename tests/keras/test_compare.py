@@ -264,20 +264,23 @@ def same(left: list[np.ndarray], right: list[np.ndarray]) -> bool:
     return all(np.array_equal(mine, other) for mine, other in zip(left, right, strict=True))
 
 
-def test_a_run_with_remedies_resumes_to_the_same_numbers(crcore, tmp_path, monkeypatch) -> None:
+def test_a_run_with_all_options_resumes_to_the_same_numbers(crcore, tmp_path, monkeypatch) -> None:
     remedies = ("--freezing", 0.001, "--dampening", 0.01, "--weight-bits", 2, "--lr", 0.1)
-    arguments = ("compare", *KERAS, *SMALL, "--methods", "qat+cr", *remedies, "--epochs", 6, "--float-epochs", 1)
+    batchnorm = ("--reestimate-batchnorm", 2, "--teacher-batchnorm", "copy")
+    arguments = ("compare", *KERAS, *SMALL, "--methods", "qat+cr", *remedies, *batchnorm)
+    arguments = (*arguments, "--epochs", 6, "--float-epochs", 1)
     assert crcore(*arguments, "--out", tmp_path / "whole").status == 0
     saved = _keras_training.save_progress
 
     def save_and_interrupt(path: Path, model: Any, record: dict[str, Any]) -> None:
         saved(path, model, record)
-        if path.parent.name == "qat+cr" and len(record["history"]) == 4:
+        if path.parent.name == "qat+cr" and len(record["history"]) in (4, 6):
             assert model.frozen > 0.0
             raise KeyboardInterrupt
 
     monkeypatch.setattr(_keras_training, "save_progress", save_and_interrupt)
     assert crcore(*arguments, "--out", tmp_path / "halves").status == 130
+    assert crcore(*arguments, "--out", tmp_path / "halves", "--resume").status == 130  # BatchNorm is measured already
     monkeypatch.setattr(_keras_training, "save_progress", saved)
     assert crcore(*arguments, "--out", tmp_path / "halves", "--resume").status == 0
     whole, halves = (run_of(tmp_path / name, "qat+cr") for name in ("whole", "halves"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 from small_networks import mlp, numbers
-from small_trainings import assert_same, compiled, dense_net, fitted, weights
+from small_trainings import assert_same, compiled, data, dense_net, fitted, weights
 
 import crcore as cr
 
@@ -220,6 +220,18 @@ def test_batches_of_one_optimizer_step_are_one_update():
     assert int(numbers(halves._updates)) == int(numbers(whole._updates)) == 8
     assert halves.frozen == whole.frozen
     assert_same(weights(halves.student), weights(whole.student), tolerance=1e-5)
+
+
+def test_frozen_weights_are_written_in_the_middle_of_an_optimizer_step_too():
+    optimizer = keras.optimizers.SGD(0.3, weight_decay=0.05, gradient_accumulation_steps=2)
+    model = compiled(chosen=cr.Recipe(cr.LSQ(3), None, first_last_bits=None, freezing=OFTEN), optimizer=optimizer)
+    fitted(model, *data(20), epochs=7)  # 35 batches
+    assert int(numbers(model._batches)) == 1
+    assert model.frozen > 0.0
+    for layer, variables in zip(model.student.layers, model._freezer._states, strict=True):
+        mask = numbers(ops.cast(variables[-1], "float32")) > 0
+        frozen = numbers(variables[0]) * numbers(layer.weight_quantizer.scale)
+        np.testing.assert_array_equal(numbers(layer._kernel)[mask], frozen[mask])
 
 
 def test_the_teacher_averages_frozen_weights():

@@ -334,7 +334,9 @@ FLOAT = nn.Linear(2, 2)
             "freezing holds weights to the grid of a learned scale, but MinMax",
         ),
         (
-            lambda: crt.DampeningLoss(cr.Dampening(1.0))(crt.prepare(mlp(), cr.Recipe(cr.DoReFa(4), None)), step=0),
+            lambda: crt.DampeningLoss(cr.Dampening(cr.cosine_ramp(1.0, steps=9)))(
+                crt.prepare(mlp(), cr.Recipe(cr.DoReFa(4), None)), step=0
+            ),
             "dampening holds weights to the grid of a learned scale, but DoReFa",
         ),
         (
