@@ -38,8 +38,8 @@ def overview(results: Results) -> Section:
         "seeds": ", ".join(map(str, s["seeds"])),
         "training": f"{s.get('epochs')} epochs, batch {s.get('batch_size')}, learning rate {s['lr']} "
         f"(float: {s['float_lr']}), weight decay {s.get('weight_decay')}",
-        "consistency": f"lambda {s.get('consistency_weight')}, reached after {s.get('ramp')} of the steps; temperature "
-        f"{s.get('temperature')}; views: student {s.get('student_view')}, teacher {s.get('teacher_view')}",
+        "consistency": f"lambda {s.get('consistency_weight')}, {_ramp(s)}; temperature {s.get('temperature')}; views: "
+        f"student {s.get('student_view')}, teacher {s.get('teacher_view')}",
     }
     time = time_spent(results.records)
     return Section(
@@ -216,6 +216,13 @@ def _measured(
     ]
     section.tables = [Table("Networks that were measured", ("network", *columns), lines)]
     return section
+
+
+def _ramp(settings: dict[str, Any]) -> str:
+    shape = settings.get("ramp_shape", "sigmoid")
+    return (
+        "from the first step" if shape == "constant" else f"reached after {settings.get('ramp')} of the steps ({shape})"
+    )
 
 
 def _images(file: dict[str, Any]) -> str:

@@ -285,6 +285,15 @@ def test_measurements_that_are_missing_are_named_with_their_command(run, page_fi
     assert html.unescape(page_file.read_text()).count(f"<code>crcore report {run} --measure</code>") == 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [("constant", "lambda 1.0, from the first step;"), ("cosine", "reached after 0.3 of the steps (cosine)")],
+)
+def test_the_rise_of_lambda_is_told_as_it_was(crcore, bare, shape, words) -> None:
+    _with(bare, shape, "settings", "ramp_shape")
+    assert words in text_of(crcore, bare)
+
+
 def test_oscillation_is_shown_where_it_was_recorded(crcore, bare) -> None:
     found = results(bare)
     for each in found["runs"]:
