@@ -106,7 +106,7 @@ class Landscape:
         Raises:
             CRCoreError: inputs or weights of another shape; a loss of another shape than ``[N]``.
         """
-        inputs = self._x if x is None else _numpy(x)
+        inputs = self._x if x is None else _numpy(x).astype(self._x.dtype)  # NumPy computes in float64 unasked
         if inputs.shape != self._x.shape:
             raise CRCoreError(f"x must have the shape {list(self._x.shape)}, got {list(inputs.shape)}")
         tensors = self._split(self.weights if weights is None else weights)

@@ -103,11 +103,11 @@ def _measure(options: argparse.Namespace) -> None:
 
     instrument: Flatness | Sensitivity
     if options.command == "flatness":
-        check_counts(top=options.top, probes=options.probes, samples=options.samples)
+        check_counts(top=options.top, probes=options.probes, samples=options.samples, seed=options.seed)
         instrument = Flatness(options.top, options.probes, options.density)
     else:
-        check_counts(draws=options.draws, radii=tuple(options.radii), samples=options.samples)
-        instrument = Sensitivity(options.draws, tuple(options.radii))
+        check_counts(draws=options.draws, radii=options.radii, samples=options.samples, seed=options.seed)
+        instrument = Sensitivity(options.draws, options.radii)
     where = Where(options.samples, options.split, options.seed, options.data, options.device)
     measure(options.checkpoints, instrument, where, out=options.out, as_json=options.json)
 

@@ -84,11 +84,10 @@ def add_sensitivity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=5, metavar="N", help="independent draws of each noise, 2 or more")
     parser.add_argument(
         "--radii",
-        type=float,
-        nargs="+",
+        type=_numbers,
         default=(0.005, 0.01, 0.02),
-        metavar="X",
-        help="of sharpness, relative to the norm of all weights; default: 0.005 0.01 0.02",
+        metavar="X,...",
+        help="of sharpness, relative to the norm of all weights; default: 0.005,0.01,0.02",
     )
     _add_measurement(parser, samples=1000, split="test")
 
@@ -113,6 +112,13 @@ def _add_measurement(parser: argparse.ArgumentParser, *, samples: int, split: st
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the figure; default: in the folder of them all")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give numbers with commas between, such as 0.01,0.02, got {text!r}") from None
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:

@@ -152,6 +152,8 @@ examples:
       shows the networks of seed 2 layer by layer
   crcore report runs/x --data /mnt/cifar10
       the images have moved since
+  crcore report runs/x --measure
+      with curvature and sensitivity of the first seed's networks, which takes minutes
 
 the page holds:
   what was run        settings, versions, the command that repeats it, and what the confidence intervals allow to say

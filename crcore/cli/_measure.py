@@ -18,6 +18,7 @@ from crcore.cli._networks import check_data, load_checkpoint, view_of
 from crcore.cli._session import versions
 from crcore.cli._split import stratified
 
+FORMAT = 1  # of the files
 Measured = dict[str, Any]
 Progress = Callable[[str, int, int | None], None]  # what is measured, evaluations done, and of how many, where known
 
@@ -167,7 +168,7 @@ def measured(checkpoint: Path, instrument: Instrument, where: Where, data: Data,
     """The contents of the file of one instrument and one checkpoint."""
     subject = open_subject(checkpoint, where, data)
     return {
-        "format": 1,
+        "format": FORMAT,
         "kind": instrument.kind,
         "checkpoint": "/".join(checkpoint.parts[-3:]),
         "model": subject.info.model,
@@ -218,11 +219,11 @@ def _curve(curve: flatness.Curve, name: str, group: str, unit: str) -> Measured:
 
 def check_counts(**counts: int | Sequence[float]) -> None:
     """Refuse numbers that no measurement can be made with."""
+    lowest = {"draws": 2, "probes": 2, "seed": 0}
     for name, given in counts.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(given, int):
-            least = 2 if name in ("draws", "probes") else 1
-            if given < least:
+            if given < (least := lowest.get(name, 1)):
                 raise CommandError(f"{option} must be {least} or more, got {given}")
         elif not given or not all(0 < value < np.inf for value in given):
             raise CommandError(f"{option} must be positive numbers, got {', '.join(map(str, given)) or 'none'}")

@@ -17,6 +17,7 @@ from crcore.cli._figures.landscape import flatness_panels, sensitivity_panels
 from crcore.cli._figures.style import write_png
 from crcore.cli._files import write_text
 from crcore.cli._measure import (
+    FORMAT,
     Data,
     Flatness,
     Instrument,
@@ -47,7 +48,10 @@ def measure(paths: Sequence[Path], instrument: Instrument, where: Where, *, out:
     screen = Console(width=None if sys.stdout.isatty() else 120)
     screen.print(_table(found, instrument))
     if not isinstance(instrument, Flatness):
-        screen.print("noise and corruptions: points of accuracy that the highest level costs", highlight=False)
+        screen.print(
+            "noise and corruptions: what the highest level changes of the accuracy, in points; of corruptions the mean",
+            highlight=False,
+        )
     screen.print(
         f"wrote {out}, and a file ending in {_ending(instrument)} beside each checkpoint",
         highlight=False,
@@ -59,8 +63,10 @@ def measure_missing(folder: Path, *, data_name: str | None) -> None:
     """Measure with both instruments, as the commands do by default, what was not measured in a folder."""
     console, data = Console(stderr=True), Data()
     for checkpoint in checkpoints_of([folder]):
+        if is_repeated(checkpoint):
+            continue
         for instrument, samples, split in ((Flatness(), 256, "train"), (Sensitivity(), 1000, "test")):
-            if not measurement_file(checkpoint, instrument.kind).is_file():
+            if _earlier(checkpoint, instrument.kind) is None:
                 where = Where(samples, split, seed=0, data=data_name, device="auto")
                 _measured_once(checkpoint, instrument, where, data, console)
 
@@ -88,16 +94,17 @@ def measurement_file(checkpoint: Path, kind: str) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}-{kind}.json")
 
 
+def is_repeated(file: Path) -> bool:
+    """Whether a file is of the student of qat+ema, which is qat's, and that of qat stands beside it."""
+    of_student = file.name.startswith("student") and file.parent.name == "qat+ema"
+    return of_student and (file.parent.parent / "qat" / file.name).is_file()
+
+
 def _measured_once(checkpoint: Path, instrument: Instrument, where: Where, data: Data, console: Console) -> Measured:
-    file = measurement_file(checkpoint, instrument.kind)
-    if file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime:
-        try:
-            earlier: Measured = json.loads(file.read_text(encoding="utf-8"))
-            if earlier["settings"] == settings_of(instrument, where):
-                console.print(f"{checkpoint}: measured earlier", highlight=False, soft_wrap=True)
-                return earlier
-        except (ValueError, KeyError, TypeError):
-            pass  # damaged: measured again
+    file, earlier = measurement_file(checkpoint, instrument.kind), _earlier(checkpoint, instrument.kind)
+    if earlier is not None and earlier["settings"] == settings_of(instrument, where):
+        console.print(f"{checkpoint}: measured earlier", highlight=False, soft_wrap=True)
+        return earlier
     with _bar(console, str(checkpoint)) as shown:
         found = measured(checkpoint, instrument, where, data, shown)
     write_text(file, json.dumps(found) + "\n")
@@ -105,6 +112,18 @@ def _measured_once(checkpoint: Path, instrument: Instrument, where: Where, data:
         f"{checkpoint}: {instrument.kind} measured on {found['samples']} images", highlight=False, soft_wrap=True
     )
     return found
+
+
+def _earlier(checkpoint: Path, kind: str) -> Measured | None:
+    """What was measured since the checkpoint was written; None where that is nothing, or damaged."""
+    file = measurement_file(checkpoint, kind)
+    if not file.is_file() or file.stat().st_mtime < checkpoint.stat().st_mtime:
+        return None
+    try:
+        found: Measured = json.loads(file.read_text(encoding="utf-8"))
+        return found if found["format"] == FORMAT and isinstance(found["settings"], dict) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
@@ -125,7 +144,7 @@ def _figure(checkpoints: Sequence[Path], instrument: Instrument, out: Path | Non
     if out is None:
         if len(checkpoints) == 1:
             return measurement_file(checkpoints[0], instrument.kind).with_suffix(".png")
-        return Path(os.path.commonpath([file.parent for file in checkpoints])) / f"{instrument.kind}.png"
+        return Path(os.path.commonpath([file.parent.absolute() for file in checkpoints])) / f"{instrument.kind}.png"
     if out.suffix != ".png":
         raise CommandError(f"--out {out}: the name must end in .png")
     if out.is_dir() or not out.parent.is_dir():
@@ -164,19 +183,19 @@ def _flatness_row(found: Measured) -> dict[str, str]:
 
 
 def _sensitivity_row(found: Measured) -> dict[str, str]:
-    def worst(group: str) -> str:
-        """Points of accuracy that are lost at the highest level, on average over the curves."""
+    def change(group: str) -> str:
+        """Of the accuracy at the highest level, in points, on average over the curves."""
         curves: list[Any] = [curve for curve in found["curves"] if curve["group"] == group]
         clean = curves[0]["accuracy"]["mean"][0]
-        lost = [curve["accuracy"]["mean"][-1] - clean for curve in curves]
-        return f"{sum(lost) / len(lost):+.1f}"
+        changes = [curve["accuracy"]["mean"][-1] - clean for curve in curves]
+        return f"{sum(changes) / len(changes):+.1f}"
 
     sharp = found["sharpness"]
     return {
         **_head(found),
         "accuracy %": f"{found['curves'][0]['accuracy']['mean'][0]:.2f}",
-        "input noise": worst("input"),
-        "corruptions": worst("corruption"),
-        "weight noise": worst("weights"),
+        "input noise": change("input"),
+        "corruptions": change("corruption"),
+        "weight noise": change("weights"),
         f"sharpness at {sharp['radius'][-1]:g}": f"{sharp['increase'][-1]:.4g}",
     }

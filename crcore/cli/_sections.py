@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from crcore.cli._errors import CommandError, one_line
-from crcore.cli._figures.landscape import flatness_panels, sensitivity_panels
+from crcore.cli._figures.landscape import flatness_panels, name_of, sensitivity_panels
 from crcore.cli._figures.layers import error_panel, histogram_panel
 from crcore.cli._figures.style import Panel
 from crcore.cli._figures.training import by_method, gains_panel, history_panels
 from crcore.cli._layers import SAMPLES, NetworkLayers, measure_layers
+from crcore.cli._measure import FORMAT
+from crcore.cli._measure_command import is_repeated
 from crcore.cli._methods import METHODS
 from crcore.cli._page import Network, Section, Table, drawn
 from crcore.cli._quantizer_statistics import QuantizerStatistics
@@ -36,8 +38,8 @@ def overview(results: Results) -> Section:
         "seeds": ", ".join(map(str, s["seeds"])),
         "training": f"{s.get('epochs')} epochs, batch {s.get('batch_size')}, learning rate {s['lr']} "
         f"(float: {s['float_lr']}), weight decay {s.get('weight_decay')}",
-        "consistency": f"lambda {s.get('consistency_weight')}, reached after {s.get('ramp')} of the steps; temperature "
-        f"{s.get('temperature')}; views: student {s.get('student_view')}, teacher {s.get('teacher_view')}",
+        "consistency": f"lambda {s.get('consistency_weight')}, {_ramp(s)}; temperature {s.get('temperature')}; views: "
+        f"student {s.get('student_view')}, teacher {s.get('teacher_view')}",
     }
     time = time_spent(results.records)
     return Section(
@@ -119,12 +121,13 @@ def flatness(results: Results) -> Section:
         "flatness",
         "Curvature of the loss",
         "Eigenvalues of the Hessian of the loss at the trained weights. Smaller ones mean a flatter minimum, which the "
-        "average and the consistency term aim at.",
+        "average and the consistency term aim at. The Hessian of a quantized network is that of the straight-through "
+        "surrogate which it is trained with.",
         flatness_panels,
         lambda file: (
             f"{file['eigenvalues'][0]:.4g}",
             f"{file['trace']['mean']:.4g} ± {file['trace']['half']:.2g}",
-            str(file["samples"]),
+            _images(file),
         ),
         ("largest eigenvalue", "trace, 95 % interval", "images"),
     )
@@ -136,10 +139,11 @@ def sensitivity(results: Results) -> Section:
         results,
         "sensitivity",
         "Sensitivity to disturbances",
-        "Loss and accuracy where inputs or weights are disturbed, the more the further to the right; bands are "
-        "intervals over repetitions. A line that stays level belongs to a network that does not mind.",
+        "Loss and accuracy where inputs or weights are disturbed, the more the further to the right; bands are 95 % "
+        "confidence intervals of the mean over draws of the noise, on the same images. A line that stays level belongs "
+        "to a network that does not mind.",
         sensitivity_panels,
-        lambda file: (str(len(file["curves"])), str(file["samples"])),
+        lambda file: (str(len(file["curves"])), _images(file)),
         ("disturbances", "images"),
     )
 
@@ -183,9 +187,11 @@ def _measured(
     found: list[tuple[dict[str, Any], Path]] = []
     problems = []
     for path in sorted(results.folder.glob(f"seed*/*/*-{kind}.json")):
+        if is_repeated(path):
+            continue
         try:
             file = json.loads(path.read_text(encoding="utf-8"))
-            if file["kind"] != kind or file["format"] != 1:
+            if file["kind"] != kind or file["format"] != FORMAT:
                 raise CommandError("it is of another kind or of a newer version")
             panels([file]), cells_of(file)  # what they miss is noticed here
             found.append((file, path))
@@ -201,7 +207,7 @@ def _measured(
             section.commands.append(shlex.join(["crcore", "report", str(results.folder), "--measure"]))
         return section
     files = [file for file, _ in found]
-    section.methods = list(dict.fromkeys(file["method"] or "fp32" for file in files))
+    section.methods = list(dict.fromkeys(name_of(file) for file in files))
     section.averages = any(file["role"] == "teacher" for file in files)
     section.figures = [drawn(panel) for panel in panels(files)]
     lines = [
@@ -210,6 +216,17 @@ def _measured(
     ]
     section.tables = [Table("Networks that were measured", ("network", *columns), lines)]
     return section
+
+
+def _ramp(settings: dict[str, Any]) -> str:
+    shape = settings.get("ramp_shape", "sigmoid")
+    return (
+        "from the first step" if shape == "constant" else f"reached after {settings.get('ramp')} of the steps ({shape})"
+    )
+
+
+def _images(file: dict[str, Any]) -> str:
+    return f"{file['samples']} of {file['data']}, {file['settings']['split']}"
 
 
 def _each(network: NetworkLayers) -> list[tuple[str, str, QuantizerStatistics]]:

@@ -107,7 +107,7 @@ def corrupt(
         random: what noise is drawn from; the default gives the same noise each time.
 
     Raises:
-        CRCoreError: a name or severity that is not known; images of another kind.
+        CRCoreError: a name or severity that is not known; images of another kind, or with other channels.
     """
     check_images(images)
     chosen = corruption_named(corruption)
@@ -115,6 +115,11 @@ def corrupt(
         raise CRCoreError(f"severity must be 0 (none) to 5, got {severity!r}")
     if severity == 0:
         return images
+    if images.shape[channel_axis] not in (1, 3):
+        raise CRCoreError(
+            f"images must have one or three channels, got {list(images.shape)} with channels on axis {channel_axis}; "
+            "channel_axis is 1 in PyTorch, -1 in Keras"
+        )
     last = np.moveaxis(images, channel_axis, -1)
     found = chosen.apply(last, chosen.amounts[severity - 1], np.random.default_rng(0) if random is None else random)
     return np.moveaxis(np.clip(found, 0.0, 1.0), -1, channel_axis).astype(images.dtype)

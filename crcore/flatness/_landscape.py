@@ -72,17 +72,22 @@ def counted(hessian: Hessian, progress: Progress | None) -> Callable[[NDArray[An
     def product(vector: NDArray[Any]) -> NDArray[np.float64]:
         nonlocal done
         found = np.asarray(hessian.hvp(np.ravel(vector)), np.float64)
-        if not np.isfinite(found).all():
-            raise CRCoreError(
-                "a Hessian-vector product has NaN or infinity: the loss overflows at these weights; check that "
-                "the network's outputs are finite on these samples"
-            )
+        check_finite("a Hessian-vector product", found)
         done += 1
         if progress is not None:
             progress(done)
         return found
 
     return product
+
+
+def check_finite(what: str, values: Any) -> None:
+    """Raise where the loss, or a derivative, has overflown."""
+    if not np.isfinite(values).all():
+        raise CRCoreError(
+            f"{what} has NaN or infinity: the loss overflows at these weights; check that the network's outputs are "
+            "finite on these samples, and that no level or radius is too large"
+        )
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

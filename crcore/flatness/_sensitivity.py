@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from crcore import CRCoreError
 from crcore.flatness._corruptions import CORRUPTIONS, check_images, corrupt, corruption_named
 from crcore.flatness._estimate import Estimate, estimate
-from crcore.flatness._landscape import LossLandscape, Progress, check_count
+from crcore.flatness._landscape import LossLandscape, Progress, check_count, check_finite
 
 Normalize = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -64,12 +64,13 @@ def noise_sensitivity(
         normalize: from images to the network's inputs; None where it takes them as they are.
         levels: standard deviations, where a pixel's range is 1.
         draws: of ``z``, at least 2; each serves all levels.
-        seed: of the noise, which is drawn with NumPy: the same on every backend.
+        seed: of the noise, which is drawn with NumPy: the same on every backend for images of one shape.
         progress: called after each evaluation with the number of evaluations so far, of which there is one for each
             draw and level above 0.
 
     Raises:
-        CRCoreError: images outside of [0, 1], or of another number than labels; negative levels; fewer than two draws.
+        CRCoreError: images outside of [0, 1], or of another number than labels; negative levels; fewer than two draws;
+            a loss that is not finite.
     """
     check_count("draws", draws, 2)
     check_images(images)
@@ -145,7 +146,7 @@ def weight_sensitivity(
         seed, progress: as in `noise_sensitivity`.
 
     Raises:
-        CRCoreError: negative levels; fewer than two draws.
+        CRCoreError: negative levels; fewer than two draws; a loss that is not finite.
     """
     check_count("draws", draws, 2)
     weights, filters = landscape.weights, landscape.filters
@@ -230,5 +231,6 @@ def _curve(
 
 def _loss_and_accuracy(losses: NDArray[np.float64], logits: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
     """Means over the samples; NaN for an accuracy where ``y`` are no labels."""
+    check_finite("a loss", losses)
     is_label = y.ndim == 1 and np.issubdtype(y.dtype, np.integer) and logits.ndim == 2
     return float(losses.mean()), 100.0 * float((logits.argmax(axis=1) == y).mean()) if is_label else np.nan

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crcore import CRCoreError
-from crcore.flatness._landscape import LossLandscape, Progress, check_count
+from crcore.flatness._landscape import LossLandscape, Progress, check_count, check_finite
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def sharpness(
         progress: called after each step with the number of steps so far.
 
     Raises:
-        CRCoreError: a radius that is not above 0; steps below 1.
+        CRCoreError: a radius that is not above 0; steps below 1; a loss or a gradient is not finite.
     """
     check_count("steps", steps)
     if not 0.0 < radius < np.inf:
@@ -57,15 +57,22 @@ def sharpness(
         )
     weights = landscape.weights
     reach = radius * float(np.linalg.norm(weights))
-    loss = largest = float(landscape.evaluate()[0].mean())
+
+    def mean_loss() -> float:
+        losses = landscape.evaluate(weights=weights + moved)[0]
+        check_finite("a loss", losses)
+        return float(losses.mean())
+
     moved = np.zeros_like(weights)
+    loss = largest = mean_loss()
     for step in range(steps):
         gradient = landscape.gradient(weights + moved)
+        check_finite("a gradient", gradient)
         norm = np.linalg.norm(gradient)
         if norm > 0.0:
             moved = moved + 2.5 * reach / steps * gradient / norm
         moved *= min(1.0, reach / max(float(np.linalg.norm(moved)), 1e-300))
-        largest = max(largest, float(landscape.evaluate(weights=weights + moved)[0].mean()))
+        largest = max(largest, mean_loss())
         if progress is not None:
             progress(step + 1)
     return Sharpness(loss, largest - loss, radius, steps)

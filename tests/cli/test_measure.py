@@ -1,6 +1,7 @@
 """`crcore flatness` and `crcore sensitivity` write what the library measures of a checkpoint, once."""
 
 import json
+import os
 import shutil
 from functools import partial
 
@@ -11,10 +12,10 @@ from conftest import contents
 from test_bad_input import refused
 
 from crcore import flatness
-from crcore.cli import _measure_command
+from crcore.cli import _measure_command, _sections
 from crcore.cli._backends import open_backend
 from crcore.cli._data import load_data
-from crcore.cli._measure import Flatness, Sensitivity
+from crcore.cli._measure import Flatness, Sensitivity, settings_of
 from crcore.cli._networks import load_checkpoint, view_of
 from crcore.cli._split import stratified
 
@@ -22,6 +23,12 @@ FEW = {
     "flatness": ("--top", "3", "--probes", "2", "--no-density", "--samples", "20"),
     "sensitivity": ("--draws", "2", "--radii", "0.01", "--samples", "20"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_layers(monkeypatch):
+    """Pages without the figures of layers, which take time and are not what is tested here."""
+    monkeypatch.setattr(_sections, "measure_layers", lambda *_, **__: ([], []))
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +117,12 @@ def test_what_was_measured_is_not_measured_again(crcore, networks) -> None:
         (["flatness", "qat/student.safetensors", "--top", "0"], ["--top", "1 or more"]),
         (["flatness", "qat/student.safetensors", "--top", "99999999"], ["below the number of weights"]),
         (["flatness", "qat/student.safetensors", "--samples", "0"], ["--samples"]),
+        (["flatness", "qat/student.safetensors", "--seed", "-1"], ["--seed", "0 or more"]),
         (["flatness", "qat/student.safetensors", "--out", "figure.pdf"], [".png"]),
         (["flatness", "qat/student.safetensors", "--out", "no/figure.png"], ["no folder"]),
         (["sensitivity", "qat/student.safetensors", "--draws", "1"], ["--draws", "2 or more"]),
         (["sensitivity", "qat/student.safetensors", "--radii", "0"], ["--radii", "positive"]),
+        (["sensitivity", "qat/student.safetensors", "--radii", "0.1,"], ["--radii", "commas"]),
         (["sensitivity", "qat/student.safetensors", "--data", "nowhere/at/all"], ["nowhere/at/all"]),
     ],
 )
@@ -140,6 +149,64 @@ def test_a_report_measures_what_is_missing(crcore, finished, tmp_path, monkeypat
     measured = contents(run)
     assert _page(crcore, run, "--measure") == page
     assert contents(run) == measured
+    (run / "seed0/qat/student-flatness.json").write_text("[")
+    assert "student-flatness.json cannot be read" in _page(crcore, run)
+    assert _page(crcore, run, "--measure") == page
+
+
+@pytest.fixture
+def canned(crcore, networks, monkeypatch):
+    """Measurements that take no time; the list of what was measured."""
+    checkpoint, measured = networks / "qat" / "student.safetensors", []
+    found = {kind: json.loads(crcore(kind, checkpoint, *FEW[kind], "--json").out)[0] for kind in FEW}
+
+    def at_once(checkpoint, instrument, where, data, progress):
+        measured.append((checkpoint.parent.name, checkpoint.stem, instrument.kind))
+        return found[instrument.kind] | {"method": checkpoint.parent.name, "settings": settings_of(instrument, where)}
+
+    monkeypatch.setattr(_measure_command, "measured", at_once)
+    return measured
+
+
+def test_a_report_measures_as_the_commands_do_by_default(crcore, finished, tmp_path, canned) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "seed0/qat", run / "seed0/qat")
+    shutil.copy(finished / "results.json", run)
+    _page(crcore, run, "--measure")
+    for command in FEW:
+        assert "measured earlier" in crcore(command, run / "seed0/qat/student.safetensors").err
+
+
+def test_the_student_of_the_average_is_not_shown_over_qat_s(crcore, finished, tmp_path, canned) -> None:
+    run = tmp_path / "run"
+    for method in ("qat", "qat+ema"):
+        shutil.copytree(finished / "seed0/qat+cr", run / "seed0" / method)
+    (run / "seed0/qat/teacher.safetensors").unlink()
+    shutil.copy(finished / "results.json", run)
+    _page(crcore, run, "--measure")
+    assert {name[:2] for name in canned} == {("qat", "student"), ("qat+ema", "teacher")}
+    assert crcore("flatness", run).status == 0
+    assert ("qat+ema", "student", "flatness") in canned
+    assert "seed0/qat+ema/student" not in _page(crcore, run)
+    shutil.rmtree(run / "seed0/qat")
+    assert "seed0/qat+ema/student" in _page(crcore, run)
+
+
+def test_paths_from_here_and_from_the_root_go_together(crcore, networks, monkeypatch, canned) -> None:
+    monkeypatch.chdir(networks.parent)
+    outcome = crcore("flatness", f"{networks.name}/qat", networks / "fp32")
+    assert outcome.status == 0, outcome.err
+    assert (networks / "flatness.png").is_file()
+
+
+def test_an_older_measurement_than_its_checkpoint_is_none(crcore, networks, canned) -> None:
+    checkpoint = networks / "qat" / "student.safetensors"
+    crcore("flatness", checkpoint)
+    canned.clear()
+    assert "measured earlier" in crcore("flatness", checkpoint).err
+    os.utime(networks / "qat" / "student-flatness.json", (0, 0))
+    crcore("flatness", checkpoint)
+    assert canned == [("qat", "student", "flatness")]
 
 
 def _page(crcore, run, *options) -> str:

@@ -250,7 +250,7 @@ def test_other_images_than_those_of_the_run_are_named(crcore, changed) -> None:
 
 def head(kind: str, **values: Any) -> str:
     common = {"format": 1, "kind": kind, "checkpoint": "c", "model": "resnet8", "role": "teacher", "method": "qat+cr"}
-    return json.dumps(common | {"data": "d", "samples": 64, "settings": {}, "versions": {}} | values)
+    return json.dumps(common | {"data": "d", "samples": 64, "settings": {"split": "test"}, "versions": {}} | values)
 
 
 def measurements(folder: Path) -> None:
@@ -271,7 +271,7 @@ def test_measurements_beside_checkpoints_are_shown(crcore, browser, bare) -> Non
     (bare / "seed1/qat+cr/teacher-flatness.json").write_text('{"format": 1, "kind": "flatness"}')
     (bare / "seed1/qat+cr/teacher-sensitivity.json").write_text("[")
     text = text_of(crcore, bare)
-    assert "seed0/qat+cr/teacher 12.12 41.5 ± 2.2 64" in " ".join(text.split())
+    assert "seed0/qat+cr/teacher 12.12 41.5 ± 2.2 64 of d, test" in " ".join(text.split())
     for kind in ("flatness", "sensitivity"):
         assert f"seed1/qat+cr/teacher-{kind}.json cannot be read" in text
     page, events = opened(browser, bare / "page.html")
@@ -281,10 +281,17 @@ def test_measurements_beside_checkpoints_are_shown(crcore, browser, bare) -> Non
     assert len(events) == 1
 
 
-def test_a_measurement_that_is_missing_is_named_with_its_command(crcore, run, page_file) -> None:
-    source = html.unescape(page_file.read_text())
-    for kind in ("flatness", "sensitivity"):
-        assert f"crcore {kind} {run}/seed0/qat/student.safetensors" in source
+def test_measurements_that_are_missing_are_named_with_their_command(run, page_file) -> None:
+    assert html.unescape(page_file.read_text()).count(f"<code>crcore report {run} --measure</code>") == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [("constant", "lambda 1.0, from the first step;"), ("cosine", "reached after 0.3 of the steps (cosine)")],
+)
+def test_the_rise_of_lambda_is_told_as_it_was(crcore, bare, shape, words) -> None:
+    _with(bare, shape, "settings", "ramp_shape")
+    assert words in text_of(crcore, bare)
 
 
 def test_oscillation_is_shown_where_it_was_recorded(crcore, bare) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -275,8 +276,32 @@ def test_gains_of_one_seed_are_drawn_without_a_bar() -> None:
     assert gains_panel(rows([record("qat+cr", 0, 91.0, 92.0)])) is None
 
 
+def axes_of(panel: Panel) -> Any:
+    axes = Figure().add_subplot()
+    panel.draw(axes)
+    return axes
+
+
+def test_the_density_is_drawn_of_those_that_have_one() -> None:
+    head = {"role": "float", "method": None, "eigenvalues": [1.0]}
+    none, some = ({"values": places, "density": places} for places in ([], [0.5, 1.0]))
+    panels = flatness_panels([head | {"density": none}, head | {"density": some}])
+    assert len(axes_of(panels[1]).lines) == 1
+    assert len(flatness_panels([head | {"density": none}])) == 1
+
+
+def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
+    wide = {"mean": [50.0, 60.0], "low": [-30.0, -40.0], "high": [130.0, 140.0]}
+    curve = {"name": "blur", "unit": "pixels", "levels": [0, 1], "loss": wide, "accuracy": wide}
+    file = {"role": "float", "method": "fp32", "curves": [curve], "sharpness": {"radius": [], "increase": []}}
+    ends = [
+        axes_of(panel).collections[0].get_paths()[0].get_extents().intervaly for panel in sensitivity_panels([file])
+    ]
+    assert [list(end) for end in ends] == [[0, 100], [0, 140]]
+
+
 def test_the_same_panels_make_a_picture(tmp_path: Path) -> None:
-    head = {"role": "student", "method": None}
+    head = {"role": "student", "method": None, "checkpoint": "student.safetensors"}
     density = {"values": [0.0, 1.0], "density": [1.0, 0.5]}
     values = {"mean": [1.0, 2.0], "low": [1.0, 2.0], "high": [1.0, 3.0]}
     curve = {"name": "blur", "group": "corruption", "unit": "pixels", "levels": [0, 1]}
@@ -288,6 +313,7 @@ def test_the_same_panels_make_a_picture(tmp_path: Path) -> None:
     assert [panel.title for panel in panels][:4] == [
         "Largest eigenvalues of the Hessian", "Density of the eigenvalues", "Accuracy under blur", "Loss under blur"
     ]  # fmt: skip
+    assert "student.safetensors" in axes_of(panels[0]).get_legend_handles_labels()[1]  # no run says its method
     write_png(tmp_path / "both.png", panels, "a $title")
     with Image.open(tmp_path / "both.png") as picture:
         assert picture.format == "PNG"

@@ -156,7 +156,7 @@ def test_corrupted_images_are_images(name: str, severity: int, channels: int, ax
 
 
 @given(st.sampled_from(sorted(CORRUPTIONS)), st.integers(1, 5))
-def test_where_the_channels_are_makes_no_difference_but_for_the_order_of_noise(name: str, severity: int) -> None:
+def test_where_the_channels_are_makes_no_difference(name: str, severity: int) -> None:
     first = images(3)
     found = corrupt(first, name, severity)
     last = corrupt(np.moveaxis(first, 1, -1), name, severity, channel_axis=-1)
@@ -250,6 +250,8 @@ def test_what_is_not_known_is_refused() -> None:
         corruption_sensitivity(linear(), linear().x, corruptions=["fog"])
     with pytest.raises(CRCoreError, match="severity must be"):
         corrupt(images(), "contrast", 6)
+    with pytest.raises(CRCoreError, match=r"one or three channels, got \[20, 8, 8, 3\] with channels on axis 1"):
+        corruption_sensitivity(linear(), np.moveaxis(images(), 1, -1))
     with pytest.raises(CRCoreError, match=r"levels must be numbers from 0, got \[-0.1\]"):
         weight_sensitivity(linear(), levels=[-0.1])
 
@@ -317,3 +319,21 @@ def test_a_step_that_leads_down_does_not_count() -> None:
 def test_a_ball_that_cannot_be_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(CRCoreError, match=f"{next(iter(options))} must"):
         sharpness(linear(), **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_overflows_is_no_result(value: float) -> None:
+    landscape = linear()
+    here = landscape.evaluate()
+    away = np.where(np.arange(20) == 3, value, here[0]), here[1]
+    landscape.evaluate = lambda x=None, weights=None: here if weights is None else away  # type: ignore[method-assign]
+    for instrument in (sharpness, weight_sensitivity):
+        with pytest.raises(CRCoreError, match="a loss has NaN or infinity"):
+            instrument(landscape)
+
+
+def test_a_gradient_that_overflows_is_no_direction() -> None:
+    landscape = linear()
+    landscape.gradient = lambda weights=None: np.full(landscape.size, np.nan)  # type: ignore[method-assign]
+    with pytest.raises(CRCoreError, match="a gradient has NaN or infinity"):
+        sharpness(landscape)

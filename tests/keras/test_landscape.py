@@ -157,6 +157,8 @@ def test_weights_and_inputs_can_be_replaced() -> None:
     landscape, wanted = crk.Landscape(model, vectors(7), Y), crk.Landscape(other, vectors(7, seed=1), Y)
     for left, right in zip(landscape.evaluate(vectors(7, seed=1), wanted.weights), wanted.evaluate(), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-6)
+    wide = vectors(7, seed=1).astype("float64")
+    np.testing.assert_array_equal(wanted.evaluate(wide)[0], wanted.evaluate()[0])
     expected = ops.convert_to_numpy(other(vectors(7, seed=1)))
     np.testing.assert_allclose(wanted.evaluate()[1], expected, rtol=1e-5)
     loss = keras.losses.sparse_categorical_crossentropy(Y, expected, from_logits=True)

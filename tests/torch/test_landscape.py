@@ -227,6 +227,7 @@ def test_weights_and_inputs_can_be_replaced() -> None:
     np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(losses, F.cross_entropy(expected, y, reduction="none").detach().numpy(), rtol=1e-4)
     np.testing.assert_array_equal(landscape.evaluate(x.numpy(), landscape.weights)[0], landscape.evaluate()[0])
+    np.testing.assert_array_equal(landscape.evaluate(other.numpy().astype("float64"), weights)[0], losses)
 
 
 def test_filters_are_output_channels() -> None:

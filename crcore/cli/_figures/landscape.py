@@ -6,6 +6,7 @@ Each function takes several measurements, to be laid over each other, and gives 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -28,18 +29,20 @@ def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
 
+    dense = [file for file in measured if file["density"]["values"]]
+
     def density(axes: Axes) -> None:
-        for file, style in zip(measured, _styles(measured), strict=True):
+        for file, style in zip(dense, _styles(dense), strict=True):
             axes.plot(file["density"]["values"], file["density"]["density"], **style)
         axes.set(xlabel="eigenvalue", ylabel="density")
         # What a smoothed density falls to between its peaks is nothing that was measured.
-        highest = max((max(file["density"]["density"]) for file in measured), default=1.0)
+        highest = max(max(file["density"]["density"]) for file in dense)
         axes.set_ylim(highest * 1e-6, highest * 2)
         log_axis(axes)
         axes.grid()
 
     panels = [Panel("Largest eigenvalues of the Hessian", eigenvalues)]
-    if all(file["density"]["values"] for file in measured):
+    if dense:
         panels.append(Panel("Density of the eigenvalues", density))
     return panels
 
@@ -61,9 +64,9 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
             for number, curve in curves[name]:
                 values, style = curve[quantity], styles[number]
                 axes.plot(curve["levels"], values["mean"], marker=".", **style)
-                axes.fill_between(
-                    curve["levels"], values["low"], values["high"], color=style["color"], alpha=0.12, linewidth=0
-                )
+                # The interval of few draws is wide, and knows nothing of what an accuracy or a loss can be.
+                low, high = np.clip([values["low"], values["high"]], 0, 100 if quantity == "accuracy" else None)
+                axes.fill_between(curve["levels"], low, high, color=style["color"], alpha=0.12, linewidth=0)
             axes.set(xlabel=f"{name} ({curves[name][0][1]['unit']})", ylabel=unit)
             axes.grid()
 
@@ -72,7 +75,7 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
     def sharpness(axes: Axes) -> None:
         for file, style in zip(measured, styles, strict=True):
             axes.plot(file["sharpness"]["radius"], file["sharpness"]["increase"], marker=".", **style)
-        axes.set(xlabel="radius around the weights", ylabel="highest increase of the loss")
+        axes.set(xlabel="radius, relative to the norm of the weights", ylabel="highest increase of the loss")
         axes.grid()
 
     panels = [
@@ -85,12 +88,18 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
     return panels
 
 
+def name_of(measured: Measured) -> str:
+    """The method of a network; where no run says it, the network's file."""
+    name: str = measured["method"] or ("fp32" if measured["role"] == "float" else measured["checkpoint"])
+    return name
+
+
 def _styles(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Of each file's line: the method's colour, dashed for an average, named once however many seeds there are."""
     named: set[str] = set()
     found = []
     for file in measured:
-        method, average = file["method"] or "fp32", file["role"] == "teacher"
+        method, average = name_of(file), file["role"] == "teacher"
         name = label(method, average=average)
         style: dict[str, Any] = {"color": colour(method), "linestyle": "--" if average else "-", "linewidth": 1.4}
         found.append(style | {"label": name if name not in named else None})
