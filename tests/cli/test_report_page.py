@@ -24,7 +24,7 @@ NAMES = ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")  # fmt: skip
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(1)>&amp;$x^2$'.replace("/", ":")  # no / in file names
-SECTIONS = ["run", "table", "training", "layers", "flatness", "sensitivity"]
+SECTIONS = ["run", "table", "training", "layers", "flatness", "sensitivity", "oscillation"]
 
 
 def browser_path(own: str) -> str:
