@@ -81,14 +81,14 @@ RUNS = {
         kept=("results.json", "table.md"),
     ),
     "flatness": Run(
-        "crcore flatness {networks} --top 50 --samples 256 --split test",
+        "crcore flatness {networks} --top 50 --samples 256 --split test --no-density",
         kept=("flatness.json", "flatness.png"),
         of="digits-30",
         methods=COMPARED,
         point=2,
     ),
     "sensitivity": Run(
-        "crcore sensitivity {networks} --samples 599 --draws 5",
+        "crcore sensitivity {networks} --samples 599 --draws 3",
         kept=("sensitivity.json", "sensitivity.png"),
         of="digits-30",
         methods=COMPARED,

@@ -189,7 +189,29 @@ def with_interval(found: Gain) -> str:
     return interval({"mean": found.mean, "interval": ends})
 
 
+def overview(names: str) -> str:
+    """Every point of some sweeps, whose names are joined by dots: what the average, consistency, and it with unlabeled
+    images gained over plain QAT; the float network beside them.
+    """
+    head = ["runs", "point", "qat %", "fp32 - qat", "average alone", "qat+cr", "qat+cr+unlabeled"]
+    rows = []
+    for name in names.split("."):
+        found = read(name, "sweep.json")
+        for point in found["points"]:
+            methods = point["methods"]
+            plain = methods["qat"]["accuracy"]
+            floats = [methods["fp32"]["accuracy"][seed] - plain[seed] for seed in plain]
+            gains = [
+                interval(methods[method]["gain_over_qat"][role]) if method in methods else "-"
+                for method, role in (("qat+ema", "teacher"), ("qat+cr", "student"), ("qat+cr+unlabeled", "student"))
+            ]
+            where = ", ".join(f"{axis} {values(axis, [point], found)}" for axis in found["axes"])
+            rows.append([name, where, str(spread(list(plain.values()))), with_interval(gain(floats)), *gains])
+    return grid(head, rows)
+
+
 PARTS: dict[str, Callable[[str], str]] = {
+    "overview": overview,
     "sweep": sweep,
     "flatness": flatness,
     "sensitivity": sensitivity,
