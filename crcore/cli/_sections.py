@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from crcore.cli._errors import CommandError, one_line
 from crcore.cli._figures.landscape import flatness_panels, name_of, sensitivity_panels
 from crcore.cli._figures.layers import error_panel, histogram_panel
@@ -193,9 +195,11 @@ def _measured(
             file = json.loads(path.read_text(encoding="utf-8"))
             if file["kind"] != kind or file["format"] != FORMAT:
                 raise CommandError("it is of another kind or of a newer version")
-            panels([file]), cells_of(file)  # what they miss is noticed here
+            cells_of(file), name_of(file)
+            for panel in panels([file]):  # drawn by itself, so that what a file lacks is its own fault
+                panel.draw(Figure().add_subplot())
             found.append((file, path))
-        except (CommandError, ValueError, KeyError, TypeError, OSError) as error:
+        except (CommandError, ValueError, LookupError, TypeError, OSError) as error:
             problems.append(f"{path.relative_to(results.folder)} cannot be read ({one_line(error)}); measure it again.")
     section = Section(kind, title, how_to_read, notes=problems)
     if not found:

@@ -281,6 +281,17 @@ def test_measurements_beside_checkpoints_are_shown(crcore, browser, bare) -> Non
     assert len(events) == 1
 
 
+def test_measurements_that_lack_what_is_drawn_are_named(crcore, bare) -> None:
+    measurements(bare / "seed0/qat+cr")
+    for kind, damage in (("flatness", {"eigenvalues": []}), ("sensitivity", {"curves": [{"name": "noise"}]})):
+        file = bare / f"seed0/qat+cr/teacher-{kind}.json"
+        (bare / f"seed1/qat+cr/teacher-{kind}.json").write_text(json.dumps(json.loads(file.read_text()) | damage))
+    text = text_of(crcore, bare)
+    for kind in ("flatness", "sensitivity"):
+        assert f"seed1/qat+cr/teacher-{kind}.json cannot be read" in text
+    assert "seed0/qat+cr/teacher 12.12" in " ".join(text.split())
+
+
 def test_measurements_that_are_missing_are_named_with_their_command(run, page_file) -> None:
     assert html.unescape(page_file.read_text()).count(f"<code>crcore report {run} --measure</code>") == 2
 
