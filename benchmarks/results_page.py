@@ -1,6 +1,6 @@
-"""Write the tables and figures of docs/results.md from what evidence.py recorded.
+"""Write the tables and figures of docs/results.md, and a table of README.md, from what evidence.py recorded.
 
-They stand between two lines of the page, `<!-- KIND NAME -->` and `<!-- end -->`, and are made of docs/results/NAME.
+They stand between two lines of a page, `<!-- KIND NAME -->` and `<!-- end -->`, and are made of docs/results/NAME.
 
 examples:
   python benchmarks/results_page.py            rewrite them
@@ -20,13 +20,13 @@ from shared import rewrite
 
 from crcore.cli._report import Gain, gain, spread
 
-PAGE = ROOT / "docs" / "results.md"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 PART = re.compile(r"(<!-- (?P<kind>\w+) (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def main() -> None:
-    """Rewrite the page, or check it."""
-    rewrite((PAGE,), updated, __doc__)
+    """Rewrite the pages, or check them."""
+    rewrite(PAGES, updated, __doc__)
 
 
 def updated(page: str) -> str:
