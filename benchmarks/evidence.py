@@ -47,6 +47,7 @@ class Run:
     of: str | None = None  # the sweep whose networks are measured
     methods: tuple[str, ...] = ()  # of that sweep
     point: int = 0  # its number in that sweep
+    seeds: int = 3  # of that sweep
 
 
 CONTROLLED = "fp32,qat,qat+ema,qat+cr+unlabeled"
@@ -146,7 +147,7 @@ def start(command: str, *options: str) -> str:
 
 
 def networks_of(run: Run, sweep: Path) -> list[Path]:
-    """The student (or float) checkpoints of a finished sweep's methods, of every seed."""
+    """The student (or float) checkpoints of a finished sweep's methods, of the first seeds."""
     file = sweep / "sweep.json"
     if not file.exists():
         sys.exit(f"{file} is missing: run --only {run.of} first")
@@ -154,7 +155,7 @@ def networks_of(run: Run, sweep: Path) -> list[Path]:
     return [
         sweep / methods[name]["runs"] / f"seed{seed}" / f"{'float' if name == 'fp32' else 'student'}.safetensors"
         for name in run.methods
-        for seed in methods[name]["accuracy"]
+        for seed in list(methods[name]["accuracy"])[: run.seeds]
     ]
 
 
