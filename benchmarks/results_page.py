@@ -117,7 +117,7 @@ def flatness(name: str) -> str:
         "mean of the top 50": lambda each: sum(each["eigenvalues"]) / len(each["eigenvalues"]),
         "50th": lambda each: each["eigenvalues"][-1],
         "trace": lambda each: each["trace"]["mean"],
-        "training loss": lambda each: each["loss"],
+        "loss": lambda each: each["loss"],
     }
     return measured(name, methods, columns)
 

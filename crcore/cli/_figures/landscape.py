@@ -82,6 +82,8 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
         Panel(f"{what} under {name}", disturbed(name, quantity, unit))
         for name in curves
         for quantity, what, unit in (("accuracy", "Accuracy", "accuracy in %"), ("loss", "Loss", "loss"))
+        # Corruptions are many: of them the accuracy alone.
+        if quantity == "accuracy" or curves[name][0][1]["group"] != "corruption"
     ]
     if measured and all(file["sharpness"]["radius"] for file in measured):
         panels.append(Panel("Sharpness", sharpness))
