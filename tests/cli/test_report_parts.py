@@ -292,7 +292,7 @@ def test_the_density_is_drawn_of_those_that_have_one() -> None:
 
 def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
     wide = {"mean": [50.0, 60.0], "low": [-30.0, -40.0], "high": [130.0, 140.0]}
-    curve = {"name": "blur", "unit": "pixels", "levels": [0, 1], "loss": wide, "accuracy": wide}
+    curve = {"name": "noise", "group": "input", "unit": "std", "levels": [0, 1], "loss": wide, "accuracy": wide}
     file = {"role": "float", "method": "fp32", "curves": [curve], "sharpness": {"radius": [], "increase": []}}
     ends = [
         axes_of(panel).collections[0].get_paths()[0].get_extents().intervaly for panel in sensitivity_panels([file])
@@ -304,15 +304,20 @@ def test_the_same_panels_make_a_picture(tmp_path: Path) -> None:
     head = {"role": "student", "method": None, "checkpoint": "student.safetensors"}
     density = {"values": [0.0, 1.0], "density": [1.0, 0.5]}
     values = {"mean": [1.0, 2.0], "low": [1.0, 2.0], "high": [1.0, 3.0]}
-    curve = {"name": "blur", "group": "corruption", "unit": "pixels", "levels": [0, 1]}
-    curves = [curve | {"loss": values, "accuracy": values}]
+    curve = {"unit": "std", "levels": [0, 1], "loss": values, "accuracy": values}
+    curves = [curve | {"name": "noise", "group": "input"}, curve | {"name": "blur", "group": "corruption"}]
     panels = [
         *flatness_panels([head | {"eigenvalues": [3.0, 1.0], "density": density}]),
         *sensitivity_panels([head | {"curves": curves, "sharpness": {"radius": [0.1], "increase": [0.2]}}]),
     ]
-    assert [panel.title for panel in panels][:4] == [
-        "Largest eigenvalues of the Hessian", "Density of the eigenvalues", "Accuracy under blur", "Loss under blur"
-    ]  # fmt: skip
+    assert [panel.title for panel in panels] == [
+        "Largest eigenvalues of the Hessian",
+        "Density of the eigenvalues",
+        "Accuracy under noise",
+        "Loss under noise",
+        "Accuracy under blur",  # of corruptions, which are many, the accuracy alone
+        "Sharpness",
+    ]
     assert "student.safetensors" in axes_of(panels[0]).get_legend_handles_labels()[1]  # no run says its method
     write_png(tmp_path / "both.png", panels, "a $title")
     with Image.open(tmp_path / "both.png") as picture:
