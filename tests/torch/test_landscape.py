@@ -74,7 +74,7 @@ class Surrogate:
         except AttributeError:
             return x
         if name not in self.base:
-            arrays = [broadcast(array, x).detach().numpy() for array in quantize._arrays_for(x.detach())]
+            arrays = [broadcast(array, x).detach().numpy() for array in quantize.arrays_for(x.detach())]
             value = torch.from_numpy(quantize.quantizer.forward(x.detach().numpy(), *arrays))
             z = through(quantize, x.detach())
             self.base[name] = value - z(x).detach(), z
