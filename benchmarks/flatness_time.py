@@ -80,7 +80,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
     values = top_eigenvalues(landscape, options.k, progress=count)
     return {
-        "settings": vars(options) | {"out": str(options.out)},
+        "settings": {name: value for name, value in vars(options).items() if name != "out"},
         "processor": processor(),
         "torch": torch.__version__,
         "weights": landscape.size,
