@@ -58,6 +58,8 @@ RUNS = {
         "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 2"),
+    # Begun first, and left after one seed for a smaller lambda.
+    "labels-1000-lambda-5": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 5 --seeds 1"),
     "labels-4000": Run(
         f"crcore sweep {CIFAR} --labels 4000 --epochs 24 --evaluate-every 6 --consistency-weight 2 "
         "--vary student-view=strong,weak --methods fp32,qat,qat+ema,qat+cr"
