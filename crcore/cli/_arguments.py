@@ -101,10 +101,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     """The settings behind the arguments of compare or train, or of one point of a sweep."""
     values = vars(arguments)
     if arguments.command != "train":
-        if arguments.seeds < 1:
-            raise CommandError(f"--seeds must be 1 or more, got {arguments.seeds}; 3 gives a confidence interval")
         values |= {
-            "seeds": tuple(range(arguments.seeds)),
             "init": None,
             "methods": parse_methods(arguments.methods) if arguments.methods is not None else (),
         }
@@ -210,7 +207,12 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     if several:
         group.add_argument("--methods", metavar="A,B,...", help="which methods; default: all that the data allow")
         group.add_argument(
-            "--seeds", type=int, default=3, metavar="N", help="repeat everything with the seeds 0 to N-1"
+            "--seeds",
+            type=_seeds,
+            default="3",
+            metavar="N|A-B",
+            help="repeat everything with the seeds 0 to N-1, or with A to B: seeds that were not looked at when settings "
+            "were chosen confirm the choice",
         )
     else:
         group.add_argument("--method", choices=tuple(METHODS), default="qat+cr", help="which method")
@@ -304,6 +306,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--evaluate-every", type=int, metavar="N", help="epochs between tests; default: about 20 tests in a run"
     )
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    first, dash, last = text.partition("-")
+    try:
+        numbers = range(int(first), int(last) + 1) if dash else range(int(first))
+    except ValueError:
+        numbers = range(0)
+    if not numbers:
+        raise argparse.ArgumentTypeError(
+            f"must be how many, 1 or more, or from which to which, as 5-9; got {text!r}; 3 give a confidence interval"
+        )
+    return tuple(numbers)
 
 
 def _images(text: str) -> int:

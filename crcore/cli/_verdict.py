@@ -51,7 +51,10 @@ def command_line(command: str, settings: dict[str, Any]) -> str:
     defaults = vars(build_parser("").parse_args([command]))
     given = dict(settings)
     if command == "compare":
-        given |= {"seeds": len(given["seeds"]), "methods": ",".join(given["methods"])}
+        seeds = tuple(given.pop("seeds"))
+        if seeds != defaults["seeds"]:
+            given["seeds"] = f"{seeds[0]}-{seeds[-1]}" if seeds[0] else len(seeds)
+        given["methods"] = ",".join(given["methods"])
     else:
         given |= {"seed": given.pop("seeds")[0], "method": given.pop("methods")[0]}
     if given.get("float_epochs") == given.get("epochs"):

@@ -300,7 +300,7 @@ def test_a_finished_sweep_trains_nothing_and_values_axes_methods_and_seeds_may_b
     base = ("sweep", *TINY, "--out", folder)
     assert crcore(*base, "--vary", "consistency-weight=0.5", "--methods", "qat", "--seeds", 1).status == 0
     first = contents(folder / "runs")
-    again = crcore(*base, "--vary", "consistency-weight=0.5", "--methods", "qat", "--seeds", 1, "--resume")
+    again = crcore(*base, "--vary", "consistency-weight=0.5", "--methods", "qat", "--seeds", "0-0", "--resume")
     assert (again.status, trained(again.out)) == (0, [])
     more = ("--vary", "consistency-weight=0.5,2", "--vary", "temperature=1,2", "--methods", "qat,qat+cr")
     outcome = crcore(*base, *more, "--seeds", 2, "--resume")
