@@ -211,7 +211,7 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
             type=_seeds,
             default="3",
             metavar="N|A-B",
-            help="repeat everything with the seeds 0 to N-1, or with A to B: seeds that were not looked at when settings "
+            help="repeat everything with the seeds 0 to N-1, or A to B: seeds that were not looked at when settings "
             "were chosen confirm the choice",
         )
     else:
