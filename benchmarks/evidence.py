@@ -44,13 +44,13 @@ class Run:
 
     command: str  # without --out; {data} and {networks} are filled in
     kept: tuple[str, ...] = SWEEP
-    of: str | None = None  # the sweep whose networks are measured
-    methods: tuple[str, ...] = ()  # of that sweep
-    point: int = 0  # its number in that sweep
-    seeds: int = 3  # of that sweep
+    of: tuple[tuple[str, int], ...] = ()  # the sweeps whose networks are measured, and the number of a point in each
+    methods: tuple[str, ...] = ()  # of those sweeps
 
 
 CONTROLLED = "fp32,qat,qat+ema,qat+cr+unlabeled"
+# 30 digits, 1,000 steps, W4A4: ten seeds.
+SCARCE_NETWORKS = (("digits-30", 2), ("confirmed-30", 0))
 COMPARED = ("fp32", "qat", "qat+cr", "qat+cr+unlabeled")
 RUNS = {
     "labels-250": Run(
@@ -106,6 +106,10 @@ RUNS = {
     ),
     "decay": Run(f"crcore sweep {SCARCE} --vary ema-decay=0.9,0.98,0.995,0.999 --methods {CONTROLLED}"),
     "teacher-batchnorm": Run(f"crcore sweep {SCARCE} --vary teacher-batchnorm=average,copy --methods {CONTROLLED}"),
+    "oscillation": Run(
+        f"crcore sweep {SCARCE} --weight-bits 2 --activation-bits 2 --vary dampening=none,0.01 "
+        "--vary freezing=none,0.01 --methods fp32,qat,qat+cr+unlabeled"
+    ),
     "other-libraries": Run(
         f"python benchmarks/other_students.py {SCARCE} --libraries brevitas,torchao "
         "--students qat+ema,qat+cr+unlabeled",
@@ -114,16 +118,20 @@ RUNS = {
     "flatness": Run(
         "crcore flatness {networks} --top 50 --samples 256 --split test --no-density",
         kept=("flatness.json", "flatness.png"),
-        of="digits-30",
+        of=SCARCE_NETWORKS,
         methods=COMPARED,
-        point=2,
+    ),
+    "flatness-1000": Run(
+        "crcore flatness {networks} --data {data} --top 50 --samples 256 --split train --no-density",
+        kept=("flatness.json", "flatness.png"),
+        of=(("labels-1000", 0),),
+        methods=COMPARED,
     ),
     "sensitivity": Run(
         "crcore sensitivity {networks} --samples 599 --draws 3",
         kept=("sensitivity.json", "sensitivity.png"),
-        of="digits-30",
+        of=SCARCE_NETWORKS,
         methods=COMPARED,
-        point=2,
     ),
 }
 
@@ -146,12 +154,13 @@ def main() -> None:
         progress(f"{name}: {run.command}")
         out = given.out / name
         out.mkdir(parents=True, exist_ok=True)
-        if run.of is None:
-            start(run.command.format(data=given.data), "--out", str(out), "--resume")  # a new folder is begun
+        if run.of:
+            kind = run.kept[0].removesuffix(".json")
+            networks = shlex.join(map(str, networks_of(run, given.out)))
+            line = run.command.format(data=given.data, networks=networks)
+            (out / run.kept[0]).write_text(start(line, "--out", str(out / f"{kind}.png"), "--json"))
         else:
-            networks = shlex.join(map(str, networks_of(run, given.out / run.of)))
-            figure, file = (out / f"{name}.{ending}" for ending in ("png", "json"))
-            file.write_text(start(run.command.format(networks=networks), "--out", str(figure), "--json"))
+            start(run.command.format(data=given.data), "--out", str(out), "--resume")  # a new folder is begun
         folder = RESULTS / name
         folder.mkdir(parents=True, exist_ok=True)
         for kept in run.kept:
@@ -176,17 +185,25 @@ def start(command: str, *options: str) -> str:
     return done.stdout or ""
 
 
-def networks_of(run: Run, sweep: Path) -> list[Path]:
-    """The student (or float) checkpoints of a finished sweep's methods, of the first seeds."""
-    file = sweep / "sweep.json"
-    if not file.exists():
-        sys.exit(f"{file} is missing: run --only {run.of} first")
-    methods = json.loads(file.read_text(encoding="utf-8"))["points"][run.point]["methods"]
-    return [
-        sweep / methods[name]["runs"] / f"seed{seed}" / f"{'float' if name == 'fp32' else 'student'}.safetensors"
-        for name in run.methods
-        for seed in list(methods[name]["accuracy"])[: run.seeds]
-    ]
+def networks_of(run: Run, folder: Path) -> list[Path]:
+    """The student (or float) checkpoints of the methods of finished sweeps, of all seeds."""
+    found = []
+    for sweep, point in run.of:
+        file = folder / sweep / "sweep.json"
+        if not file.exists():
+            sys.exit(f"{file} is missing: run --only {sweep} first")
+        methods = json.loads(file.read_text(encoding="utf-8"))["points"][point]["methods"]
+        found += [
+            file.parent / methods[name]["runs"] / f"seed{seed}" / f"{role(name)}.safetensors"
+            for name in run.methods
+            for seed in methods[name]["accuracy"]
+        ]
+    return found
+
+
+def role(method: str) -> str:
+    """Which checkpoint of a run is measured."""
+    return "float" if method == "fp32" else "student"
 
 
 if __name__ == "__main__":

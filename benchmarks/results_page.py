@@ -19,6 +19,7 @@ from performance_page import grid
 from shared import rewrite
 
 from crcore.cli._report import Gain, gain, spread
+from crcore.cli._sweep_report import shown
 
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 PART = re.compile(r"(<!-- (?P<kind>\w+) (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.S)
@@ -75,7 +76,7 @@ def values(axis: str, same: list[dict[str, Any]], found: dict[str, Any]) -> str:
     here = list(dict.fromkeys(point["values"][axis] for point in same))
     if len(here) > 1 and len(here) == len(found["axes"][axis]):
         return "any"
-    return ", ".join(f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in here)
+    return ", ".join(shown(value) for value in here)
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -155,10 +156,11 @@ def measured(
             pairs = list(zip(each, methods["qat"], strict=True))
             changes = (gain([value(mine) - value(plain) for mine, plain in pairs]) for value in columns.values())
             rows.append([f"{method} - qat", *map(str, changes)])
-    of = RUNS[name].of
+    of = " and ".join(f"`{sweep}`" for sweep, _ in RUNS[name].of)
     seeds = len(next(iter(methods.values())))
-    figure = f"![{name}](results/{name}/{name}.png)"
-    return f"{command(name)}, the networks of `{of}`, {seeds} seeds\n\n{grid(['method', *columns], rows)}\n\n{figure}"
+    kind = RUNS[name].kept[0].removesuffix(".json")
+    figure = f"![{kind}](results/{name}/{kind}.png)"
+    return f"{command(name)}, the networks of {of}, {seeds} seeds\n\n{grid(['method', *columns], rows)}\n\n{figure}"
 
 
 def students(name: str) -> str:

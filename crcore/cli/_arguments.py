@@ -251,7 +251,10 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of both softmaxes")
     group.add_argument(
-        "--threshold", type=float, metavar="P", help="leave images out on which the teacher's confidence is below P"
+        "--threshold",
+        type=_number_or_none,
+        metavar="P",
+        help="leave images out on which the teacher's confidence is below P; default: none",
     )
     group.add_argument(
         "--ema-decay",
@@ -271,15 +274,17 @@ def _add_training(parser: argparse.ArgumentParser, *, several: bool) -> None:
     group = parser.add_argument_group("weights that oscillate between two integers (Nagel et al., 2022)")
     group.add_argument(
         "--dampening",
-        type=float,
+        type=_number_or_none,
         metavar="X",
-        help="pull weights to the middle of their bins: the factor of that term, at the end of its cosine ramp",
+        help="pull weights to the middle of their bins: the factor of that term, at the end of its cosine ramp; "
+        "default: none",
     )
     group.add_argument(
         "--freezing",
-        type=float,
+        type=_number_or_none,
         metavar="X",
-        help="freeze weights whose frequency of oscillation is above X at the end, and above 4 X at the start",
+        help="freeze weights whose frequency of oscillation is above X at the end, and above 4 X at the start; "
+        "default: none",
     )
 
 
@@ -319,6 +324,13 @@ def _seeds(text: str) -> tuple[int, ...]:
             f"must be how many, 1 or more, or from which to which, as 5-9; got {text!r}; 3 give a confidence interval"
         )
     return tuple(numbers)
+
+
+def _number_or_none(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or none, got {text!r}") from None
 
 
 def _images(text: str) -> int:

@@ -23,7 +23,7 @@ class Axis:
     @property
     def settings(self) -> tuple[str, ...]:
         """The settings that it sets."""
-        return TOGETHER.get(self.name, (self.name.replace("-", "_"),))
+        return settings_of(self.name)
 
     def value(self, settings: Settings) -> Any:
         """Its value at a point."""
@@ -37,6 +37,11 @@ class Axis:
                 raise CommandError(f"--vary {self.name}: a value is yes or no, got {value!r}")
             return [f"--{name}" if value == "yes" else f"--no-{name}" for name in names]
         return [f"--{name}={value}" for name in names]
+
+
+def settings_of(axis: str) -> tuple[str, ...]:
+    """The settings that an axis of this name sets."""
+    return TOGETHER.get(axis, (axis.replace("-", "_"),))
 
 
 def names() -> tuple[str, ...]:

@@ -68,7 +68,10 @@ def measure_missing(folder: Path, *, data_name: str | None) -> None:
         for instrument, samples, split in ((Flatness(), 256, "train"), (Sensitivity(), 1000, "test")):
             if _earlier(checkpoint, instrument.kind) is None:
                 where = Where(samples, split, seed=0, data=data_name, device="auto")
-                _measured_once(checkpoint, instrument, where, data, console)
+                try:
+                    _measured_once(checkpoint, instrument, where, data, console)
+                except CommandError as error:  # the page is for the others
+                    console.print(f"not measured: {error}", highlight=False, soft_wrap=True, markup=False)
 
 
 def checkpoints_of(paths: Sequence[Path]) -> list[Path]:

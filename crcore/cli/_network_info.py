@@ -34,6 +34,11 @@ class NetworkInfo:
 
 def info_from(metadata: dict[str, Any], path: Path) -> NetworkInfo:
     """What `NetworkInfo.to_metadata` gave; `path` is where it was read."""
+    if metadata.get("kind") == "quantized":
+        raise CommandError(
+            f"{path} holds integers, which can be evaluated but not trained or measured further; give the student or "
+            "teacher checkpoint that it was made of"
+        )
     if metadata.get("kind") != "network":
         raise CommandError(
             f"{path} holds the state of an unfinished run, not a network; give a float, student or teacher checkpoint"

@@ -1,12 +1,15 @@
 """The results of a sweep as numbers, for sweep.json and for table.md."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crcore.cli._axes import settings_of
 from crcore.cli._data import ImageData
 from crcore.cli._methods import METHODS
 from crcore.cli._report import Gain, Record, gain, spread
+from crcore.cli._verdict import command_line
 
 CONTROL = "qat+ema"  # what its average gains over qat, no consistency is needed for
 
@@ -154,9 +157,11 @@ def markdown(grid: Grid) -> str:
 def shown(value: Any) -> str:
     """A value of an axis as a user types it.
 
-    >>> [shown(value) for value in (0.5, 1000, 2.0, True, "weak")]
-    ['0.5', '1000', '2', 'yes', 'weak']
+    >>> [shown(value) for value in (0.5, 1000, 2.0, True, "weak", None)]
+    ['0.5', '1000', '2', 'yes', 'weak', 'none']
     """
+    if value is None:
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -183,11 +188,23 @@ def _cells(grid: Grid, point: Point, method: str) -> list[str]:
     ]
 
 
+def _command_line(grid: Grid) -> str:
+    """What gives this sweep: the settings that are common, and each axis with its values."""
+    varied = {setting for axis in grid.axes for setting in settings_of(axis)}
+    common = {name: value for name, value in grid.common.items() if name not in varied}
+    words = [command_line("compare", common).replace("crcore compare", "crcore sweep", 1)]
+    for axis in grid.axes:
+        values = dict.fromkeys(shown(point.values[axis]) for point in grid.points)
+        words.append(shlex.join(["--vary", f"{axis}={','.join(values)}"]))
+    return " ".join(words)
+
+
 def _notes(grid: Grid) -> list[str]:
     count = len(grid.seeds)
     done = sum(len(runs) for runs in grid.records.values())
     total = count * len({folder for point in grid.points for folder in point.runs.values()})
     return [
+        f"`{_command_line(grid)}`",
         *([f"Not finished: {done} of {total} runs."] if done < total else []),
         f"mean ± standard deviation over {count} seeds; gains are paired differences by seed, in points, with their "
         "95 % t confidence interval."

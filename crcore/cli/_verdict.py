@@ -54,7 +54,8 @@ def command_line(command: str, settings: dict[str, Any]) -> str:
         seeds = tuple(given.pop("seeds"))
         if seeds != defaults["seeds"]:
             given["seeds"] = f"{seeds[0]}-{seeds[-1]}" if seeds[0] else len(seeds)
-        given["methods"] = ",".join(given["methods"])
+        if "methods" in given:  # points of a sweep may differ in them
+            given["methods"] = ",".join(given["methods"])
     else:
         given |= {"seed": given.pop("seeds")[0], "method": given.pop("methods")[0]}
     if given.get("float_epochs") == given.get("epochs"):

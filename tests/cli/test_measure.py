@@ -15,6 +15,7 @@ from crcore import flatness
 from crcore.cli import _measure_command, _sections
 from crcore.cli._backends import open_backend
 from crcore.cli._data import load_data
+from crcore.cli._errors import CommandError
 from crcore.cli._measure import Flatness, Sensitivity, settings_of
 from crcore.cli._networks import load_checkpoint, view_of
 from crcore.cli._split import stratified
@@ -175,6 +176,32 @@ def test_a_report_measures_as_the_commands_do_by_default(crcore, finished, tmp_p
     _page(crcore, run, "--measure")
     for command in FEW:
         assert "measured earlier" in crcore(command, run / "seed0/qat/student.safetensors").err
+
+
+def test_a_report_goes_on_where_a_network_cannot_be_measured(crcore, finished, tmp_path, canned) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "seed0/qat", run / "seed0/qat")
+    shutil.copytree(finished / "seed0/qat+cr", run / "seed0/qat+cr")
+    shutil.copy(finished / "results.json", run)
+    at_once = _measure_command.measured
+
+    def some(checkpoint, *arguments):
+        if checkpoint.parent.name == "qat":
+            raise CommandError(f"{checkpoint}: out of luck")
+        return at_once(checkpoint, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_measure_command, "measured", some)
+        outcome = crcore("report", run, "--measure")
+    assert outcome.status == 0, outcome.err
+    assert outcome.err.count("not measured") == outcome.err.count("out of luck") == 2
+    assert {(name, role) for name, role, _ in canned} == {("qat+cr", "student"), ("qat+cr", "teacher")}
+
+
+def test_integers_are_not_measured(crcore, finished, tmp_path) -> None:
+    packed = tmp_path / "packed.safetensors"
+    assert crcore("export", finished / "seed0/qat+cr", "--to", "safetensors", "--out", packed).status == 0
+    refused(crcore("flatness", packed), "packed.safetensors", "holds integers", "checkpoint that it was made of")
 
 
 def test_the_student_of_the_average_is_not_shown_over_qat_s(crcore, finished, tmp_path, canned) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from PIL import Image
 from scipy import stats
 
 from crcore.cli import _sweep, main
+from crcore.cli._arguments import build_parser, sweep_settings
 from crcore.cli._methods import METHODS, READ_BY
 from crcore.cli._sweep_plot import _scale
-from crcore.cli._sweep_report import Grid, Point
+from crcore.cli._sweep_report import Grid, Point, markdown
 
 TINY = ["--labels", "100", "--batch-size", "50", "--epochs", "2"]
 VARY = ["--vary", "consistency-weight=0,0.5", "--vary", "ramp=0.1,0.5"]
@@ -58,6 +60,26 @@ def test_runs_that_points_have_in_common_are_trained_once(crcore, tmp_path) -> N
     ]
     assert "4 points, 6 runs for each of 1 seeds" in " ".join(outcome.out.split())
     assert len(list((tmp_path / "out").rglob("run.json"))) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--vary", "freezing=none,0.01", "--vary", "bits=4,2", "--student-view", "strong", "--seeds", "5-6"],
+        ["--vary", "labels=30,60", "--weight-bits", "3", "--epochs", "7", "--float-epochs", "9"],
+        ["--vary", "epochs=1,2", "--model", "resnet20", "--dampening", "0.5"],
+        ["--vary", "flip=yes,no"],
+    ],
+)
+def test_the_table_names_the_command_that_gives_it(options) -> None:
+    def points_of(words):
+        parser = build_parser("")
+        return parser.parse_args(words).vary, sweep_settings(parser, words, parser.parse_args(words).vary)
+
+    axes, settings = points_of(["sweep", *options, "--methods", "qat,qat+cr"])
+    points = [Point({a.name: a.value(s) for a in axes}, s.to_dict(), "digits", {}) for s in settings]
+    (line,) = re.findall("- `(.*)`", markdown(Grid(tuple(a.name for a in axes), points, [], {}, {})))
+    assert points_of(shlex.split(line)[1:]) == (axes, settings)
 
 
 @pytest.mark.parametrize("point", [{"consistency-weight": 0.5, "ramp": 0.5}, {"consistency-weight": 0.0, "ramp": 0.1}])
