@@ -283,17 +283,47 @@ def axes_of(panel: Panel) -> Any:
 
 
 def test_the_density_is_drawn_of_those_that_have_one() -> None:
-    head = {"role": "float", "method": None, "eigenvalues": [1.0]}
+    head = {"role": "float", "method": None, "model": "m", "eigenvalues": [1.0]}
     none, some = ({"values": places, "density": places} for places in ([], [0.5, 1.0]))
     panels = flatness_panels([head | {"density": none}, head | {"density": some}])
     assert len(axes_of(panels[1]).lines) == 1
     assert len(flatness_panels([head | {"density": none}])) == 1
 
 
+def flat(eigenvalues: list[float], *, role: str = "student", bits: int = 4) -> dict[str, Any]:
+    density: dict[str, Any] = {"values": [], "density": []}
+    head = {"role": role, "method": "qat", "model": "m", "recipe": {"bits": bits}}
+    return head | {"eigenvalues": eigenvalues, "density": density}
+
+
+def test_seeds_are_one_line_with_their_deviation() -> None:
+    (panel,) = flatness_panels([flat([3.0, 1.0]), flat([5.0, 2.0])])
+    axes = axes_of(panel)
+    (line,), (band,) = axes.lines, axes.collections
+    np.testing.assert_array_equal(line.get_ydata(), [4.0, 1.5])
+    low, high = np.array([4.0, 1.5]) - np.sqrt([2.0, 0.5]), np.array([4.0, 1.5]) + np.sqrt([2.0, 0.5])
+    corners = band.get_paths()[0].vertices
+    np.testing.assert_allclose(sorted({*corners[:, 1]}), sorted([*low, *high]))
+
+
+def test_networks_of_another_recipe_average_or_abscissa_are_lines_of_their_own() -> None:
+    files = [flat([3.0, 1.0]), flat([4.0, 1.0], bits=2), flat([2.0, 1.0], role="teacher"), flat([9.0, 8.0, 7.0])]
+    axes = axes_of(flatness_panels([*files, *files])[0])
+    assert axes.get_legend_handles_labels()[1] == ["qat", "qat (2)", "qat, average", "qat (3)"]
+    assert [list(line.get_ydata()) for line in axes.lines] == [file["eigenvalues"] for file in files]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 4
+
+
 def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
     wide = {"mean": [50.0, 60.0], "low": [-30.0, -40.0], "high": [130.0, 140.0]}
     curve = {"name": "noise", "group": "input", "unit": "std", "levels": [0, 1], "loss": wide, "accuracy": wide}
-    file = {"role": "float", "method": "fp32", "curves": [curve], "sharpness": {"radius": [], "increase": []}}
+    file = {
+        "role": "float",
+        "method": "fp32",
+        "model": "m",
+        "curves": [curve],
+        "sharpness": {"radius": [], "increase": []},
+    }
     ends = [
         axes_of(panel).collections[0].get_paths()[0].get_extents().intervaly for panel in sensitivity_panels([file])
     ]
@@ -301,7 +331,7 @@ def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
 
 
 def test_the_same_panels_make_a_picture(tmp_path: Path) -> None:
-    head = {"role": "student", "method": None, "checkpoint": "student.safetensors"}
+    head = {"role": "student", "method": None, "model": "m", "checkpoint": "student.safetensors"}
     density = {"values": [0.0, 1.0], "density": [1.0, 0.5]}
     values = {"mean": [1.0, 2.0], "low": [1.0, 2.0], "high": [1.0, 3.0]}
     curve = {"unit": "std", "levels": [0, 1], "loss": values, "accuracy": values}
