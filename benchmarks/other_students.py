@@ -1,7 +1,8 @@
 """Consistency on students that other libraries quantized: does it gain there what it gains on crcore's own?
 
 For each seed one float network is trained, as `crcore compare` does; each library then makes its 4-bit student of it,
-which is trained plainly (with its average beside it, the control) and with consistency, by the command's own loop.
+which is trained plainly (with its average beside it, the control) and with consistency, on the batches and views of the
+command.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import crcore_torch as crt
+import torch
+import torch.nn.functional as F
 import torch_students
 from rich.console import Console
 from shared import names_of, progress
+from torch import nn
 
+import crcore as cr
 from crcore.cli._arguments import build_parser, settings_from
+from crcore.cli._batches import Batches
 from crcore.cli._files import write_text
-from crcore.cli._methods import METHODS
+from crcore.cli._methods import METHODS, Method
 from crcore.cli._progress import Progress
 from crcore.cli._report import markdown
 from crcore.cli._runs import SeedRuns
@@ -51,7 +58,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "settings": session.settings.to_dict(),
         "versions": versions,
-        "runs": [{key: value for key, value in record.items() if key != "history"} for record in records],
+        "runs": records,
     }
     write_text(out / "results.json", json.dumps(result, indent=2) + "\n")
     write_text(out / "table.md", "\n".join(tables(records, session)))
@@ -64,44 +71,75 @@ def runs_of(library: str, students: tuple[str, ...], session: Session, console: 
 
 
 def run(library: str, name: str, session: Session, seed: int, console: Console) -> dict[str, Any]:
-    """Train one student of one library with one method and one seed."""
-    folder = session.out / f"seed{seed}" / library / name
-    file = folder / "run.json"
+    """Train one student of one library with one method and one seed, unless that was done."""
+    file = session.out / f"seed{seed}" / library / f"{name}.json"
     if file.exists():
         finished: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return finished
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     settings, method = session.settings, METHODS[name]
-    batches = session.batches(seed)
+    batches, evaluation = session.batches(seed), session.evaluation()
     steps = settings.epochs * batches.steps_per_epoch
     with Progress(console, steps) as shown:
-        runs = SeedRuns(session, seed, shown)
-        network, float_record = runs.float_network()
+        network, float_record = SeedRuns(session, seed, shown).float_network()
         x, _ = batches.student(0)
         student = torch_students.student(library, network.train(), x)
         shown.title = f"seed {seed} {library} {name}"
-        _, record = session.backend.train(
-            student,
-            method,
-            recipe=recipe_of(settings, method, steps=steps),
-            reference=None,
-            epochs=settings.epochs,
-            lr=settings.lr,
-            **runs._common(folder),
-        )
-    (folder / session.backend.progress_name).unlink(missing_ok=True)
-    final = record["history"][-1]
-    record = record | {
+        shown.start(steps, done=0)
+        teacher = train(student, method, recipe_of(settings, method, steps=steps), session, batches, steps, shown)
+    record = {
         "seed": seed,
         "method": name,
         "library": library,
         "differs": method.summary,
-        "accuracy": final["accuracy"],
-        "teacher_accuracy": final["teacher_accuracy"],
+        "accuracy": evaluation.accuracy(student),
+        "teacher_accuracy": evaluation.accuracy(teacher),
+        "steps": steps,
         "float_steps": float_record["steps"],
     }
     write_text(file, json.dumps(record, indent=2) + "\n")
+    print(f"seed {seed} {library} {name}: {record['accuracy']:.2f} %, average {record['teacher_accuracy']:.2f} %")
     return record
+
+
+def train(
+    student: nn.Module,
+    method: Method,
+    recipe: cr.Recipe,
+    session: Session,
+    batches: Batches,
+    steps: int,
+    shown: Progress,
+) -> nn.Module:
+    """The README's loop on a network that crcore did not quantize. Returns the average."""
+    teacher = crt.Teacher(student, recipe.ema)
+    consistency = None if recipe.consistency is None else crt.ConsistencyLoss(recipe.consistency)
+    # Weight decay is for weights, not for whatever scales a library has: those are one number, or one for each channel.
+    several = [p.numel() > p.shape[0] if p.ndim else False for p in student.parameters()]
+    groups = [
+        {
+            "params": [p for p, s in zip(student.parameters(), several, strict=True) if s == weight],
+            "weight_decay": decay,
+        }
+        for weight, decay in ((True, session.settings.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.SGD(groups, lr=session.settings.lr, momentum=0.9, nesterov=True)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    teacher.follow(optimizer)
+    student.train()
+    for step in range(steps):
+        x, y = batches.student(step, unlabeled=method.unlabeled)
+        logits = student(x)
+        loss = F.cross_entropy(logits[: len(y)], y)
+        if consistency is not None:
+            view = batches.teacher(step, unlabeled=method.unlabeled)
+            loss = loss + consistency(logits, teacher(view), step=teacher.step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+        shown.advance()
+    return teacher.model
 
 
 def tables(records: list[dict[str, Any]], session: Session) -> list[str]:
