@@ -43,8 +43,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return everything
 
 
-def run(*arguments: str) -> None:
-    command = [sys.executable, str(BENCHMARKS / "torch_step.py"), *arguments]
+def run(*arguments: str, script: str = "torch_step.py") -> None:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -136,6 +136,22 @@ def test_the_page_is_what_the_results_give(found: Any, monkeypatch: pytest.Monke
     filled = performance_page.updated(blank)
     assert filled.count("| **crcore** |") >= 4
     assert performance_page.updated(filled) == filled
+
+
+def test_students_of_other_libraries_are_trained_once(tmp_path: Path) -> None:
+    few = ["--labels", "30", "--epochs", "2", "--float-epochs", "1", "--seeds", "1", "--consistency-weight", "5"]
+    students = ["--libraries", "brevitas,torchao", "--students", "qat+ema,qat+cr+unlabeled"]
+    run(*few, *students, "--out", str(tmp_path), script="other_students.py")
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(each["library"], each["method"]) for each in runs] == [
+        (library, method) for library in ("brevitas", "torchao") for method in ("qat+ema", "qat+cr+unlabeled")
+    ]
+    assert all(each["steps"] == 2 for each in runs)
+    one = next((tmp_path / "seed0/torchao").glob("qat+cr*.json"))
+    one.write_text(json.dumps(json.loads(one.read_text()) | {"accuracy": 12.5}))
+    run(*few, *students, "--out", str(tmp_path), "--resume", script="other_students.py")
+    assert json.loads((tmp_path / "results.json").read_text())["runs"][-1]["accuracy"] == 12.5
+    assert "| 12.50 |" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
