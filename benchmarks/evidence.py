@@ -58,6 +58,10 @@ RUNS = {
         "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 2"),
+    # The command's own defaults: lambda 1, weak views.
+    "labels-1000-defaults": Run(
+        f"crcore sweep {FEW} --student-view weak --vary bits=4,2 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
+    ),
     # Begun first, and left after one seed for a smaller lambda.
     "labels-1000-lambda-5": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 5 --seeds 1"),
     "labels-4000": Run(
@@ -102,8 +106,12 @@ RUNS = {
         f"crcore sweep {FEW} --vary model=evidence_networks:resnet8half,evidence_networks:resnet8x2 "
         "--consistency-weight 2 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
+    "resnet18-16": Run(
+        f"crcore sweep {CIFAR} --model resnet18 --labels 1000 --epochs 30 --evaluate-every 10 --consistency-weight 2 "
+        "--vary bits=4 --seeds 2 --methods fp32,qat,qat+cr"
+    ),
     "views": Run(
-        f"crcore sweep {SCARCE} --vary student-view=weak,strong --vary teacher-view=weak,strong --methods {CONTROLLED}"
+        f"crcore sweep {SCARCE} --vary student-view=weak,strong --vary consistency-weight=1,5 --methods {CONTROLLED}"
     ),
     "decay": Run(f"crcore sweep {SCARCE} --vary ema-decay=0.9,0.98,0.995,0.999 --methods {CONTROLLED}"),
     "teacher-batchnorm": Run(f"crcore sweep {SCARCE} --vary teacher-batchnorm=average,copy --methods {CONTROLLED}"),
