@@ -124,7 +124,7 @@ def flatness(results: Results) -> Section:
         "Curvature of the loss",
         "Eigenvalues of the Hessian of the loss at the trained weights. Smaller ones mean a flatter minimum, which the "
         "average and the consistency term aim at. The Hessian of a quantized network is that of the straight-through "
-        "surrogate which it is trained with.",
+        "surrogate which it is trained with. Lines are means over seeds, bands one standard deviation.",
         flatness_panels,
         lambda file: (
             f"{file['eigenvalues'][0]:.4g}",
@@ -141,9 +141,9 @@ def sensitivity(results: Results) -> Section:
         results,
         "sensitivity",
         "Sensitivity to disturbances",
-        "Loss and accuracy where inputs or weights are disturbed, the more the further to the right; bands are 95 % "
-        "confidence intervals of the mean over draws of the noise, on the same images. A line that stays level belongs "
-        "to a network that does not mind.",
+        "Loss and accuracy where inputs or weights are disturbed, the more the further to the right. Lines are means "
+        "over seeds, bands one standard deviation; of a single network, the 95 % confidence interval of the mean over "
+        "draws of the noise, on the same images. A line that stays level belongs to a network that does not mind.",
         sensitivity_panels,
         lambda file: (str(len(file["curves"])), _images(file)),
         ("disturbances", "images"),
