@@ -58,9 +58,14 @@ RUNS = {
         "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 2"),
+    # Three times the steps; those of labels-1000 are 1,500.
+    "steps": Run(
+        f"crcore sweep {CIFAR} --labels 1000 --float-epochs 100 --evaluate-every 75 --consistency-weight 2 "
+        "--vary epochs=300 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
+    ),
     # The command's own defaults: lambda 1, weak views.
     "labels-1000-defaults": Run(
-        f"crcore sweep {FEW} --student-view weak --vary bits=4,2 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
+        f"crcore sweep {FEW} --student-view weak --vary bits=4 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     # Begun first, and left after one seed for a smaller lambda.
     "labels-1000-lambda-5": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 5 --seeds 1"),
