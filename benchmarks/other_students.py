@@ -2,7 +2,8 @@
 
 For each seed one float network is trained, as `crcore compare` does; each library then makes its 4-bit student of it,
 which is trained plainly (with its average beside it, the control) and with consistency, on the batches and views of the
-command.
+command. Weight decay is on weights alone, not on BatchNorm and biases as in the command: every library has scales of
+its own names and shapes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import crcore as cr
 from crcore.cli._arguments import build_parser, settings_from
 from crcore.cli._batches import Batches
 from crcore.cli._files import write_text
+from crcore.cli._history import check_finite
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._progress import Progress
 from crcore.cli._report import markdown
@@ -48,7 +50,12 @@ def main() -> None:
     options, others = parser.parse_known_args()
     arguments = build_parser("0").parse_args(["compare", "--methods", "fp32", *others])
     out = Path(arguments.out or parser.error("--out is needed: a folder"))
-    session = open_session(settings_from(arguments), out=out, resume=arguments.resume)
+    settings = settings_from(arguments)
+    if settings.freezing or settings.dampening or settings.reestimate_batchnorm or settings.amp:
+        parser.error(
+            "--freezing, --dampening, --reestimate-batchnorm and --amp are for crcore's own students; leave them out"
+        )
+    session = open_session(settings, out=out, resume=arguments.resume)
     records = [
         record for library in options.libraries for record in runs_of(library, options.students, session, Console())
     ]
@@ -139,6 +146,9 @@ def train(
         optimizer.step()
         rate.step()
         shown.advance()
+        if (step + 1) % batches.steps_per_epoch == 0:
+            epoch = (step + 1) // batches.steps_per_epoch
+            check_finite(loss.item(), method, seed=batches.seed, epoch=epoch, lr=session.settings.lr)
     return teacher.model
 
 

@@ -56,12 +56,12 @@ def sweep(name: str) -> str:
     """The table of a sweep: a row for each run that is not the run of an earlier row."""
     found = read(name, "sweep.json")
     head = ["method", *found["axes"], "accuracy %", "average %", "gain over qat", "average over qat+ema's average"]
-    rows, shown = [], set()
+    rows, seen = [], set()
     for point in found["points"]:
         for method, result in point["methods"].items():
-            if result["runs"] in shown:
+            if result["runs"] in seen:
                 continue
-            shown.add(result["runs"])
+            seen.add(result["runs"])
             same = [p for p in found["points"] if p["methods"].get(method, {}).get("runs") == result["runs"]]
             rows.append([method, *(values(axis, same, found) for axis in found["axes"]), *cells(result)])
     order = list(found["points"][0]["methods"])

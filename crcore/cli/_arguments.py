@@ -321,7 +321,7 @@ def _seeds(text: str) -> tuple[int, ...]:
         numbers = range(0)
     if not numbers:
         raise argparse.ArgumentTypeError(
-            f"must be how many, 1 or more, or from which to which, as 5-9; got {text!r}; 3 give a confidence interval"
+            f"must be a count, 1 or more, or a range such as 5-9, got {text!r}; 3 give a confidence interval"
         )
     return tuple(numbers)
 

@@ -12,7 +12,8 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from crcore.cli._errors import CommandError
+from crcore import CRCoreError
+from crcore.cli._errors import CommandError, one_line
 from crcore.cli._figures.landscape import flatness_panels, sensitivity_panels
 from crcore.cli._figures.style import write_png
 from crcore.cli._files import write_text
@@ -70,8 +71,10 @@ def measure_missing(folder: Path, *, data_name: str | None) -> None:
                 where = Where(samples, split, seed=0, data=data_name, device="auto")
                 try:
                     _measured_once(checkpoint, instrument, where, data, console)
-                except CommandError as error:  # the page is for the others
-                    console.print(f"not measured: {error}", highlight=False, soft_wrap=True, markup=False)
+                except (CRCoreError, OSError) as error:  # the page shows the others
+                    console.print(
+                        f"{checkpoint}: not measured: {one_line(error)}", highlight=False, soft_wrap=True, markup=False
+                    )
 
 
 def checkpoints_of(paths: Sequence[Path]) -> list[Path]:

@@ -36,8 +36,8 @@ def info_from(metadata: dict[str, Any], path: Path) -> NetworkInfo:
     """What `NetworkInfo.to_metadata` gave; `path` is where it was read."""
     if metadata.get("kind") == "quantized":
         raise CommandError(
-            f"{path} holds integers, which can be evaluated but not trained or measured further; give the student or "
-            "teacher checkpoint that it was made of"
+            f"{path} holds packed integers, which cannot be trained, measured or exported; give the student or teacher "
+            "checkpoint that it was made from"
         )
     if metadata.get("kind") != "network":
         raise CommandError(

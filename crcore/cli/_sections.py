@@ -52,7 +52,7 @@ def overview(results: Results) -> Section:
         "difference one is expected to look like one.",
         statements=verdict(rows(results.records)),
         notes=[time] if time else [],
-        commands=[command_line(results.command, s)],
+        commands=[command_line(results.command, s, engine=s["engine"] if s.get("backend") == "keras" else None)],
         tables=[Table("What was run", ("what", "value"), list(facts.items()))],
         folded=[
             Table("All settings", ("setting", "value"), [(name, _text(value)) for name, value in s.items()]),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,13 @@ from crcore.cli._session import Session, check_folder, check_network, decided_se
 from crcore.cli._settings import NEWER, Settings
 from crcore.cli._sweep_plot import draw_sweep
 from crcore.cli._sweep_report import Grid, Point, markdown, results, shown
+from crcore.cli._verdict import command_line
 
 
 def sweep(axes: Sequence[Axis], settings: Sequence[Settings], *, out: Path, resume: bool) -> None:
     """Train every method at every point with every seed, and write sweep.json, table.md and sweep.png."""
     sessions = _open_sessions(settings, out)
-    grid = _grid(axes, sessions)
+    grid = _grid(axes, settings, sessions)
     if check_folder(out, resume=resume):
         _check_resume(out, grid)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -55,6 +57,15 @@ def run_folder(session: Session, method: Method) -> str:
     return f"runs/{method.name}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
+def sweep_line(axes: Sequence[Axis], settings: Sequence[Settings], *, engine: str | None) -> str:
+    """The command that gives a sweep: the settings that its points have in common, then each axis as it was typed."""
+    first, *others = (point.to_dict() for point in settings)
+    varied = {setting for axis in axes for setting in axis.settings}
+    common = {n: v for n, v in first.items() if n not in varied and all(other[n] == v for other in others)}
+    vary = shlex.join(word for axis in axes for word in ("--vary", f"{axis.name}={','.join(axis.values)}"))
+    return f"{command_line('sweep', common, engine=engine)} {vary}"
+
+
 def _open_sessions(settings: Sequence[Settings], out: Path) -> list[Session]:
     """A checked session for each point. Data are read once, networks that points share are checked once."""
     backends: dict[tuple[str, str], Backend] = {}
@@ -77,7 +88,8 @@ def _open_sessions(settings: Sequence[Settings], out: Path) -> list[Session]:
     return sessions
 
 
-def _grid(axes: Sequence[Axis], sessions: Sequence[Session]) -> Grid:
+def _grid(axes: Sequence[Axis], settings: Sequence[Settings], sessions: Sequence[Session]) -> Grid:
+    """What is swept; `settings` are the points as they were asked for, `sessions` as they were decided."""
     points = [
         Point(
             values={axis.name: axis.value(session.settings) for axis in axes},
@@ -88,8 +100,10 @@ def _grid(axes: Sequence[Axis], sessions: Sequence[Session]) -> Grid:
         for session in sessions
     ]
     data = {session.data.fingerprint: session.data for session in sessions}
+    engines = {session.settings.engine for session in sessions if session.settings.backend == "keras"} or {None}
     versions = {name: version for session in sessions for name, version in session.versions.items()}
-    return Grid(tuple(axis.name for axis in axes), points, list(data.values()), versions, {})
+    names = tuple(axis.name for axis in axes)
+    return Grid(names, points, list(data.values()), versions, {}, sweep_line(axes, settings, engine=engines.pop()))
 
 
 def _place(axes: Sequence[Axis], session: Session, seed: int, method: Method) -> Place:
@@ -156,11 +170,11 @@ def _check_resume(out: Path, grid: Grid) -> None:
         )
     now = _values([point.settings for point in grid.points])
     for name in sorted(before.keys() - {"data"}):
-        missing = [value for value in before[name] if value not in now.get(name, ())]
+        missing = [shown(value) for value in before[name] if value not in now.get(name, ())]
         if missing:
             option = "KERAS_BACKEND" if name == "engine" else f"--{name.replace('_', '-')}"
             raise CommandError(
-                f"--resume: {out} was made with {option} {', '.join(map(str, missing))}, which is now missing; keep "
+                f"--resume: {out} was made with {option} {', '.join(missing)}, which is now missing; keep "
                 "it (more may be added), or give another --out"
             )
 

@@ -1,15 +1,12 @@
 """The results of a sweep as numbers, for sweep.json and for table.md."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crcore.cli._axes import settings_of
 from crcore.cli._data import ImageData
 from crcore.cli._methods import METHODS
 from crcore.cli._report import Gain, Record, gain, spread
-from crcore.cli._verdict import command_line
 
 CONTROL = "qat+ema"  # what its average gains over qat, no consistency is needed for
 
@@ -33,6 +30,7 @@ class Grid:
     data: list[ImageData]
     versions: dict[str, str]
     records: dict[str, dict[int, Record]]  # by folder and seed
+    command: str  # that gives it
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -142,12 +140,12 @@ def markdown(grid: Grid) -> str:
     header = ("method", *grid.axes, *HEADER)
     lines = [f"# {grid.title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for method in grid.methods:
-        shown: set[str] = set()
+        seen: set[str] = set()
         for point in grid.points:
             folder = point.runs.get(method)
-            if folder is None or folder in shown or not grid.runs(point, method):
+            if folder is None or folder in seen or not grid.runs(point, method):
                 continue
-            shown.add(folder)
+            seen.add(folder)
             same = [other for other in grid.points if other.runs.get(method) == folder]
             cells = [method, *(_values(axis, same, grid) for axis in grid.axes), *_cells(grid, point, method)]
             lines.append(f"| {' | '.join(cells)} |")
@@ -157,14 +155,14 @@ def markdown(grid: Grid) -> str:
 def shown(value: Any) -> str:
     """A value of an axis as a user types it.
 
-    >>> [shown(value) for value in (0.5, 1000, 2.0, True, "weak", None)]
-    ['0.5', '1000', '2', 'yes', 'weak', 'none']
+    >>> [shown(value) for value in (0.9999999, 1000, 2.0, True, "weak", None)]
+    ['0.9999999', '1000', '2', 'yes', 'weak', 'none']
     """
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _values(axis: str, same: Sequence[Point], grid: Grid) -> str:
@@ -188,23 +186,12 @@ def _cells(grid: Grid, point: Point, method: str) -> list[str]:
     ]
 
 
-def _command_line(grid: Grid) -> str:
-    """What gives this sweep: the settings that are common, and each axis with its values."""
-    varied = {setting for axis in grid.axes for setting in settings_of(axis)}
-    common = {name: value for name, value in grid.common.items() if name not in varied}
-    words = [command_line("compare", common).replace("crcore compare", "crcore sweep", 1)]
-    for axis in grid.axes:
-        values = dict.fromkeys(shown(point.values[axis]) for point in grid.points)
-        words.append(shlex.join(["--vary", f"{axis}={','.join(values)}"]))
-    return " ".join(words)
-
-
 def _notes(grid: Grid) -> list[str]:
     count = len(grid.seeds)
     done = sum(len(runs) for runs in grid.records.values())
     total = count * len({folder for point in grid.points for folder in point.runs.values()})
     return [
-        f"`{_command_line(grid)}`",
+        f"`{grid.command}`",
         *([f"Not finished: {done} of {total} runs."] if done < total else []),
         f"mean ± standard deviation over {count} seeds; gains are paired differences by seed, in points, with their "
         "95 % t confidence interval."

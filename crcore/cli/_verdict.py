@@ -41,23 +41,28 @@ def in_words(gain: Gain) -> str:
     return f"{interval}: no difference shown."
 
 
-def command_line(command: str, settings: dict[str, Any]) -> str:
-    """The command, "compare" or "train", that gives these settings; options at their default are left out.
+def command_line(command: str, settings: dict[str, Any], *, engine: str | None) -> str:
+    """The command, "compare", "sweep" or "train", that gives these settings; options at their default are left out.
 
-    >>> defaults = vars(build_parser("").parse_args(["compare"]))
-    >>> command_line("compare", defaults | {"seeds": [0, 1], "methods": ["qat"], "data": "my images"})
+    Args:
+        settings: as `Settings.to_dict` gives them; what is not among them has its default.
+        engine: of Keras, where a run takes part whose backend is Keras.
+
+    >>> command_line("compare", {"seeds": [0, 1], "methods": ["qat"], "data": "my images"}, engine=None)
     "crcore compare --data 'my images' --methods qat --seeds 2"
     """
-    defaults = vars(build_parser("").parse_args([command]))
+    # A sweep cannot be parsed without its axes, and has the options of a comparison.
+    defaults = vars(build_parser("").parse_args(["train" if command == "train" else "compare"]))
     given = dict(settings)
-    if command == "compare":
-        seeds = tuple(given.pop("seeds"))
+    seeds, methods = tuple(given.pop("seeds")), given.pop("methods", ())
+    if command == "train":
+        given |= {"seed": seeds[0], "method": methods[0]}
+    else:
         if seeds != defaults["seeds"]:
             given["seeds"] = f"{seeds[0]}-{seeds[-1]}" if seeds[0] else len(seeds)
-        if "methods" in given:  # points of a sweep may differ in them
-            given["methods"] = ",".join(given["methods"])
-    else:
-        given |= {"seed": given.pop("seeds")[0], "method": given.pop("methods")[0]}
+        if methods:
+            given["methods"] = ",".join(methods)
+    given |= {name: "all" for name in ("labels", "unlabeled") if given.get(name) == 0}
     if given.get("float_epochs") == given.get("epochs"):
         given.pop("float_epochs", None)
     words = ["crcore", command]
@@ -69,5 +74,5 @@ def command_line(command: str, settings: dict[str, Any]) -> str:
             words.append("--amp")
         elif value != default and not isinstance(value, bool):
             words += [f"--{name.replace('_', '-')}", str(value)]
-    engine = f"KERAS_BACKEND={shlex.quote(str(settings['engine']))} " if given.get("backend") == "keras" else ""
-    return engine + shlex.join(words)
+    environment = "" if engine is None else f"KERAS_BACKEND={shlex.quote(engine)} "
+    return environment + shlex.join(words)

@@ -47,7 +47,7 @@ def refused(outcome, *words: str) -> None:
         (["--epochs", "many"], ["--epochs", "'many'"]),
         (["--float-epochs", "0"], ["--float-epochs", "1 or more"]),
         (["--seeds", "0"], ["--seeds", "1 or more"]),
-        (["--seeds", "9-5"], ["--seeds", "'9-5'", "as 5-9"]),
+        (["--seeds", "9-5"], ["--seeds", "'9-5'", "such as 5-9"]),
         (["--seeds", "-1"], ["--seeds"]),
         (["--seeds", "some"], ["--seeds", "'some'"]),
         (["--batch-size", "1"], ["--batch-size", "2 or more"]),

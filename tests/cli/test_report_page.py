@@ -188,7 +188,7 @@ def test_a_usual_page_is_small(page_file) -> None:
 
 def test_the_command_on_the_page_gives_the_same_settings(run, page_file) -> None:
     settings = results(run)["settings"]
-    line = command_line("compare", settings)
+    line = command_line("compare", settings, engine=None)
     assert line in html.unescape(page_file.read_text())
     again = settings_from(build_parser("").parse_args(shlex.split(line)[1:]))
     assert again.to_dict() | {"engine": "torch"} == settings

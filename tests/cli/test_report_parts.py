@@ -121,14 +121,14 @@ def test_the_command_line_parses_to_its_settings(
     vars(parsed).update(given, threshold=threshold)
     vars(parsed).update({"seeds": seeds, "methods": "qat,qat+kd"} if command == "compare" else {"seed": seed})
     settings = settings_from(parsed)
-    again = shlex.split(command_line(command, settings.to_dict()))
+    again = shlex.split(command_line(command, settings.to_dict(), engine=None))
     assert again[:2] == ["crcore", command]
     assert settings_from(build_parser("").parse_args(again[1:])) == settings
 
 
 def test_the_engine_of_keras_stands_before_the_command() -> None:
     settings = settings_from(build_parser("").parse_args(["compare", "--methods", "qat", "--backend", "keras"]))
-    line = command_line("compare", settings.to_dict() | {"engine": "jax"})
+    line = command_line("compare", settings.to_dict(), engine="jax")
     assert line == "KERAS_BACKEND=jax crcore compare --methods qat --backend keras"
 
 
@@ -283,35 +283,61 @@ def axes_of(panel: Panel) -> Any:
 
 
 def test_the_density_is_drawn_of_those_that_have_one() -> None:
-    head = {"role": "float", "method": None, "model": "m", "eigenvalues": [1.0]}
+    head = {"role": "float", "method": None, "checkpoint": "float.safetensors", "eigenvalues": [1.0]}
     none, some = ({"values": places, "density": places} for places in ([], [0.5, 1.0]))
     panels = flatness_panels([head | {"density": none}, head | {"density": some}])
     assert len(axes_of(panels[1]).lines) == 1
     assert len(flatness_panels([head | {"density": none}])) == 1
 
 
-def flat(eigenvalues: list[float], *, role: str = "student", bits: int = 4) -> dict[str, Any]:
-    density: dict[str, Any] = {"values": [], "density": []}
-    head = {"role": role, "method": "qat", "model": "m", "recipe": {"bits": bits}}
-    return head | {"eigenvalues": eigenvalues, "density": density}
+def measured(folder: str, values: list[float], *, role: str = "student") -> dict[str, Any]:
+    """What was measured of a network, all of it by the same numbers."""
+    curve = {"name": "noise", "group": "corruption", "unit": "std", "levels": list(range(len(values)))}
+    interval = {"mean": values, "low": [value - 9.0 for value in values], "high": [value + 9.0 for value in values]}
+    return {
+        "role": role,
+        "method": "qat",
+        "checkpoint": f"{folder}/{role}.safetensors",
+        "eigenvalues": values,
+        "density": {"values": values, "density": values},
+        "curves": [curve | {"loss": interval, "accuracy": interval}],
+        "sharpness": {"radius": curve["levels"], "increase": values},
+    }
 
 
 def test_seeds_are_one_line_with_their_deviation() -> None:
-    (panel,) = flatness_panels([flat([3.0, 1.0]), flat([5.0, 2.0])])
-    axes = axes_of(panel)
-    (line,), (band,) = axes.lines, axes.collections
-    np.testing.assert_array_equal(line.get_ydata(), [4.0, 1.5])
-    low, high = np.array([4.0, 1.5]) - np.sqrt([2.0, 0.5]), np.array([4.0, 1.5]) + np.sqrt([2.0, 0.5])
-    corners = band.get_paths()[0].vertices
-    np.testing.assert_allclose(sorted({*corners[:, 1]}), sorted([*low, *high]))
+    files = [measured("seed0/qat", [30.0, 10.0]), measured("seed12/qat", [50.0, 20.0])]
+    eigenvalues, density = flatness_panels(files)
+    mean, std = np.array([40.0, 15.0]), np.sqrt([200.0, 50.0])
+    for panel in (eigenvalues, *sensitivity_panels(files)):
+        axes = axes_of(panel)
+        (line,), (band,) = axes.lines, axes.collections
+        np.testing.assert_array_equal(line.get_ydata(), mean)
+        corners = np.array(band.get_paths()[0].vertices)
+        np.testing.assert_allclose(sorted({*corners[:, 1].round(6)}), sorted({*(mean - std), *(mean + std)}), atol=1e-6)
+    axes = axes_of(density)
+    assert [list(line.get_ydata()) for line in axes.lines] == [[30.0, 10.0], [50.0, 20.0]]
+    assert axes.get_legend_handles_labels()[1] == ["qat"]
 
 
-def test_networks_of_another_recipe_average_or_abscissa_are_lines_of_their_own() -> None:
-    files = [flat([3.0, 1.0]), flat([4.0, 1.0], bits=2), flat([2.0, 1.0], role="teacher"), flat([9.0, 8.0, 7.0])]
-    axes = axes_of(flatness_panels([*files, *files])[0])
-    assert axes.get_legend_handles_labels()[1] == ["qat", "qat (2)", "qat, average", "qat (3)"]
-    assert [list(line.get_ydata()) for line in axes.lines] == [file["eigenvalues"] for file in files]
+def test_runs_averages_and_abscissae_are_lines_of_their_own() -> None:
+    files = [
+        measured("a/seed0", [3.0, 1.0]),
+        measured("b/seed0", [4.0, 1.0]),
+        measured("a/seed0", [2.0, 1.0], role="teacher"),
+        measured("a/seed1", [9.0, 8.0, 7.0]),
+        measured("a/seed0", [5.0, 1.0]),  # of another folder, which has such folders in it too
+    ]
+    axes = axes_of(flatness_panels(files)[0])
+    assert axes.get_legend_handles_labels()[1] == ["qat", "qat (2)", "qat, average", "qat", "qat (3)"]
+    assert sorted(list(line.get_ydata()) for line in axes.lines) == sorted(file["eigenvalues"] for file in files)
     assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 4
+
+
+def test_a_run_has_its_number_in_every_panel() -> None:
+    first, second = measured("a/seed0", [3.0, 1.0]), measured("b/seed0", [4.0, 1.0])
+    panels = flatness_panels([first | {"density": {"values": [], "density": []}}, second])
+    assert axes_of(panels[1]).get_legend_handles_labels()[1] == ["qat (2)"]
 
 
 def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
@@ -320,7 +346,7 @@ def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
     file = {
         "role": "float",
         "method": "fp32",
-        "model": "m",
+        "checkpoint": "c",
         "curves": [curve],
         "sharpness": {"radius": [], "increase": []},
     }
@@ -331,7 +357,7 @@ def test_a_band_ends_at_what_an_accuracy_can_be() -> None:
 
 
 def test_the_same_panels_make_a_picture(tmp_path: Path) -> None:
-    head = {"role": "student", "method": None, "model": "m", "checkpoint": "student.safetensors"}
+    head = {"role": "student", "method": None, "checkpoint": "student.safetensors"}
     density = {"values": [0.0, 1.0], "density": [1.0, 0.5]}
     values = {"mean": [1.0, 2.0], "low": [1.0, 2.0], "high": [1.0, 3.0]}
     curve = {"unit": "std", "levels": [0, 1], "loss": values, "accuracy": values}

@@ -21,8 +21,9 @@ from scipy import stats
 from crcore.cli import _sweep, main
 from crcore.cli._arguments import build_parser, sweep_settings
 from crcore.cli._methods import METHODS, READ_BY
+from crcore.cli._sweep import sweep_line
 from crcore.cli._sweep_plot import _scale
-from crcore.cli._sweep_report import Grid, Point, markdown
+from crcore.cli._sweep_report import Grid, Point
 
 TINY = ["--labels", "100", "--batch-size", "50", "--epochs", "2"]
 VARY = ["--vary", "consistency-weight=0,0.5", "--vary", "ramp=0.1,0.5"]
@@ -68,7 +69,10 @@ def test_runs_that_points_have_in_common_are_trained_once(crcore, tmp_path) -> N
         ["--vary", "freezing=none,0.01", "--vary", "bits=4,2", "--student-view", "strong", "--seeds", "5-6"],
         ["--vary", "labels=30,60", "--weight-bits", "3", "--epochs", "7", "--float-epochs", "9"],
         ["--vary", "epochs=1,2", "--model", "resnet20", "--dampening", "0.5"],
-        ["--vary", "flip=yes,no"],
+        ["--vary", "flip=yes,no", "--methods", "qat,qat+cr"],
+        ["--vary", "labels=50,all", "--vary", "unlabeled=50,all"],
+        ["--vary", "ema-decay=0.9999999,0.99", "--vary", "lr=0.0123456,0.01234561", "--labels", "all"],
+        ["--vary", "backend=torch,keras", "--data", "my images"],
     ],
 )
 def test_the_table_names_the_command_that_gives_it(options) -> None:
@@ -76,10 +80,10 @@ def test_the_table_names_the_command_that_gives_it(options) -> None:
         parser = build_parser("")
         return parser.parse_args(words).vary, sweep_settings(parser, words, parser.parse_args(words).vary)
 
-    axes, settings = points_of(["sweep", *options, "--methods", "qat,qat+cr"])
-    points = [Point({a.name: a.value(s) for a in axes}, s.to_dict(), "digits", {}) for s in settings]
-    (line,) = re.findall("- `(.*)`", markdown(Grid(tuple(a.name for a in axes), points, [], {}, {})))
-    assert points_of(shlex.split(line)[1:]) == (axes, settings)
+    axes, settings = points_of(["sweep", *options])
+    line = shlex.split(sweep_line(axes, settings, engine="jax"))
+    assert line[:2] == ["KERAS_BACKEND=jax", "crcore"]
+    assert points_of(line[2:]) == (axes, settings)
 
 
 @pytest.mark.parametrize("point", [{"consistency-weight": 0.5, "ramp": 0.5}, {"consistency-weight": 0.0, "ramp": 0.1}])
@@ -234,7 +238,8 @@ def test_a_gain_is_paired_over_the_seeds_that_both_have() -> None:
 
     point = Point({}, {"seeds": (0, 1, 2)}, "digits", {"qat": "q", "qat+kd": "k", "qat+ema": "e", "qat+cr": "c"})
     runs = {"q": {0: record(50.0), 1: record(60.0)}, "c": {1: record(63.0, 64.0), 0: record(51.0, 52.0)}}
-    grid = Grid((), [point], [], {}, {**runs, "e": {0: record(50.0, 40.0)}, "k": {1: record(61.0), 2: record(9.0)}})
+    runs |= {"e": {0: record(50.0, 40.0)}, "k": {1: record(61.0), 2: record(9.0)}}
+    grid = Grid((), [point], [], {}, runs, "crcore sweep")
     assert str(grid.gain(point, "qat+cr", "accuracy", "qat")).startswith("+2.00 [")
     assert str(grid.gain(point, "qat+cr", "teacher_accuracy", "qat+ema")) == "+12.00"
     assert str(grid.gain(point, "qat+kd", "accuracy", "qat")) == "+1.00"

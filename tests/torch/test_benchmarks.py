@@ -154,6 +154,33 @@ def test_students_of_other_libraries_are_trained_once(tmp_path: Path) -> None:
     assert "| 12.50 |" in (tmp_path / "table.md").read_text()
 
 
+def test_students_of_other_libraries_are_trained_as_the_command_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import crcore_torch as crt
+    import other_students
+
+    import crcore as cr
+    from crcore.cli import main
+    from crcore.cli._recipes import quantizers
+
+    # Without weight decay, which is on other parameters there; and with the student that the command makes.
+    few = ["--labels", "60", "--epochs", "4", "--seeds", "1", "--weight-decay", "0", "--batch-size", "20"]
+    recipe = cr.Recipe(*quantizers("lsq", 4, 4))
+    monkeypatch.setattr(other_students.torch_students, "student", lambda library, net, x: crt.prepare(net, recipe))
+    methods = ["qat+ema", "qat+cr", "qat+cr+unlabeled"]
+    command = ["other_students.py", *few, "--libraries", "crcore", "--students", ",".join(methods)]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "others")])
+    other_students.main()
+    assert main(["compare", *few, "--methods", ",".join(methods), "--out", str(tmp_path / "command")]) == 0
+    others, own = (json.loads((tmp_path / name / "results.json").read_text())["runs"] for name in ("others", "command"))
+    for column in ("accuracy", "teacher_accuracy"):
+        found = [[run[column] for run in runs] for runs in (others, own)]
+        assert found[0] == pytest.approx(found[1], abs=0.2)  # an image is 0.17 %
+        assert len({round(value, 1) for value in found[0]}) == 3
+
+
 @pytest.mark.parametrize(
     "wrong", [["--rounds", "0"], ["--batch", "32,x"], ["--shape", "3,3"], ["--variants", "lsq"], ["--measure", "time"]]
 )

@@ -3,10 +3,9 @@
 Each takes several measurements, those of several seeds as one line, and gives panels: for `write_png` or a page.
 """
 
-import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from crcore.cli._figures.style import Panel, colour, label, log_axis
 
 Measured = dict[str, Any]
-MARKERS = ("o", "s", "^", "D", "v", "x")  # of the recipes of a method
-
-
-@dataclass(frozen=True)
-class _Line:
-    """Networks that differ in their seed alone: one line."""
-
-    networks: list[Measured]
-    style: dict[str, Any]  # of matplotlib
+MARKERS = ("o", "s", "^", "D", "v", "x")  # of the runs of a method
 
 
 def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
@@ -34,24 +25,26 @@ def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
         measured: contents of ``-flatness.json`` files, ``kind`` "flatness".
     """
 
+    styled = _styled(measured)
+
     def eigenvalues(axes: Axes) -> None:
-        for line in _lines(measured, lambda file: len(file["eigenvalues"])):
-            values = [file["eigenvalues"] for file in line.networks]
-            _draw(axes, range(1, len(values[0]) + 1), values, line.style, _deviation(values))
+        for files, style in _lines(styled, lambda file: len(file["eigenvalues"])):
+            values = [file["eigenvalues"] for file in files]
+            _draw(axes, range(1, len(values[0]) + 1), values, style, _deviation(values))
         axes.set(xlabel="rank", ylabel="eigenvalue")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
 
-    dense = [file for file in measured if file["density"]["values"]]
+    dense = [(file, style) for file, style in styled if file["density"]["values"]]
 
     def density(axes: Axes) -> None:
-        for line in _lines(dense):
-            for number, file in enumerate(line.networks):  # each on its own abscissa: there is no mean of them
-                style = line.style if number == 0 else line.style | {"label": None}
+        for files, style in _lines(dense):
+            for file in files:  # each on its own abscissa: there is no mean of them
                 axes.plot(file["density"]["values"], file["density"]["density"], markevery=0.1, **style)
+                style = style | {"label": None}
         axes.set(xlabel="eigenvalue", ylabel="density")
         # What a smoothed density falls to between its peaks is nothing that was measured.
-        highest = max(max(file["density"]["density"]) for file in dense)
+        highest = max(max(file["density"]["density"]) for file, _ in dense)
         axes.set_ylim(highest * 1e-6, highest * 2)
         log_axis(axes)
         axes.grid()
@@ -70,30 +63,28 @@ def sensitivity_panels(measured: Sequence[Measured]) -> list[Panel]:
     Args:
         measured: contents of ``-sensitivity.json`` files, ``kind`` "sensitivity".
     """
+    styled = _styled(measured)
     some = {curve["name"]: curve for file in measured for curve in file["curves"]}
 
-    def of(file: Measured, name: str) -> Measured | None:
-        return next((curve for curve in file["curves"] if curve["name"] == name), None)
-
     def disturbed(name: str, quantity: str, unit: str) -> Callable[[Axes], None]:
+        found = [(curve, style) for file, style in styled for curve in file["curves"] if curve["name"] == name]
+
         def draw(axes: Axes) -> None:
-            measured_so = [file | {"curve": of(file, name)} for file in measured if of(file, name)]
-            for line in _lines(measured_so, lambda file: file["curve"]["levels"]):
-                found = [file["curve"][quantity] for file in line.networks]
-                values = [each["mean"] for each in found]
+            for curves, style in _lines(found, lambda curve: curve["levels"]):
+                values = [curve[quantity]["mean"] for curve in curves]
                 # The interval of few draws is wide, and knows nothing of what an accuracy or a loss can be.
-                band = _deviation(values) or (found[0]["low"], found[0]["high"])
+                band = _deviation(values) or (curves[0][quantity]["low"], curves[0][quantity]["high"])
                 low, high = np.clip(band, 0, 100 if quantity == "accuracy" else None)
-                _draw(axes, line.networks[0]["curve"]["levels"], values, line.style, (low, high))
+                _draw(axes, curves[0]["levels"], values, style, (low, high))
             axes.set(xlabel=f"{name} ({some[name]['unit']})", ylabel=unit)
             axes.grid()
 
         return draw
 
     def sharpness(axes: Axes) -> None:
-        for line in _lines(measured, lambda file: file["sharpness"]["radius"]):
-            values = [file["sharpness"]["increase"] for file in line.networks]
-            _draw(axes, line.networks[0]["sharpness"]["radius"], values, line.style, _deviation(values))
+        for files, style in _lines(styled, lambda file: file["sharpness"]["radius"]):
+            values = [file["sharpness"]["increase"] for file in files]
+            _draw(axes, files[0]["sharpness"]["radius"], values, style, _deviation(values))
         axes.set(xlabel="radius, relative to the norm of the weights", ylabel="highest increase of the loss")
         axes.grid()
 
@@ -115,30 +106,42 @@ def name_of(measured: Measured) -> str:
     return name
 
 
-def _lines(measured: Sequence[Measured], where: Callable[[Measured], Any] = lambda _: None) -> list[_Line]:
-    """The networks of each line. They have the method, model, recipe and abscissae (`where`) in common.
+def _styled(measured: Sequence[Measured]) -> list[tuple[Measured, dict[str, Any]]]:
+    """Each file with the style of its line. Those of a line are in the folders of different seeds of one run.
 
-    The colour is the method's, dashed for an average; a further recipe of a method is numbered and has its own marker.
+    The colour is the method's, dashed for an average. Of several runs of a method, the further ones are numbered, in
+    the order of the files, and have a marker of their own.
     """
-    networks: dict[str, list[Measured]] = {}
+    networks, lines, runs = Counter[str](), dict[tuple[str, int], dict[str, Any]](), Counter[str]()
+    styled = []
     for file in measured:
-        of = [name_of(file), file["role"], file["model"], file.get("recipe"), where(file)]
-        networks.setdefault(json.dumps(of), []).append(file)
-    lines, before = [], Counter[str]()
-    for files in networks.values():
-        method, average = name_of(files[0]), files[0]["role"] == "teacher"
-        name = label(method, average=average)
-        number, before[name] = before[name], before[name] + 1
-        style = {
-            "color": colour(method),
-            "linestyle": "--" if average else "-",
-            "linewidth": 1.4,
-            "marker": MARKERS[number % len(MARKERS)],
-            "markersize": 4,
-            "label": f"{name} ({number + 1})" if number else name,
-        }
-        lines.append(_Line(files, style))
-    return lines
+        # The same seed again is that of another run, whose folder may have the same name.
+        run = re.sub(r"\bseed\d+\b", "seed", file["checkpoint"])
+        line, networks[file["checkpoint"]] = (run, networks[file["checkpoint"]]), networks[file["checkpoint"]] + 1
+        if line not in lines:
+            method, average = name_of(file), file["role"] == "teacher"
+            name = label(method, average=average)
+            number, runs[name] = runs[name], runs[name] + 1
+            lines[line] = {
+                "color": colour(method),
+                "linestyle": "--" if average else "-",
+                "linewidth": 1.4,
+                "marker": MARKERS[number % len(MARKERS)],
+                "markersize": 4,
+                "label": f"{name} ({number + 1})" if number else name,
+            }
+        styled.append((file, lines[line]))
+    return styled
+
+
+def _lines(
+    styled: Sequence[tuple[Measured, dict[str, Any]]], where: Callable[[Measured], Any] = lambda _: None
+) -> list[tuple[list[Measured], dict[str, Any]]]:
+    """What is drawn as one: what has a style and abscissae (`where`) in common."""
+    found: dict[str, tuple[list[Measured], dict[str, Any]]] = {}
+    for file, style in styled:
+        found.setdefault(f"{style['label']} {where(file)}", ([], style))[0].append(file)
+    return list(found.values())
 
 
 def _deviation(values: Sequence[Sequence[float]]) -> tuple[Any, Any] | None:
