@@ -78,6 +78,9 @@ RUNS = {
         "--vary bits=4 --methods fp32,qat,qat+ema,qat+cr"
     ),
     "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 3 --consistency-weight 2 --vary bits=4,2"),
+    "labels-50000-defaults": Run(
+        f"crcore sweep {CIFAR} --student-view weak --epochs 3 --vary bits=4 --methods fp32,qat,qat+ema,qat+cr"
+    ),
     "digits-30": Run(
         f"crcore sweep {DIGITS} --labels 30 --float-epochs 1000 --consistency-weight 5 --evaluate-every 200 "
         "--vary epochs=200,1000 --vary bits=4,2 --seeds 5 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"

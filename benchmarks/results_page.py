@@ -195,7 +195,7 @@ def overview(names: str) -> str:
     """Every point of some sweeps, whose names are joined by dots: what the average, consistency, and it with unlabeled
     images gained over plain QAT; the float network beside them.
     """
-    head = ["runs", "point", "qat %", "fp32 - qat", "average alone", "qat+cr", "qat+cr+unlabeled"]
+    head = ["runs", "point", "qat's loss", "qat %", "fp32 - qat", "average alone", "qat+cr", "qat+cr+unlabeled"]
     rows = []
     for name in names.split("."):
         found = read(name, "sweep.json")
@@ -208,7 +208,8 @@ def overview(names: str) -> str:
                 for method, role in (("qat+ema", "teacher"), ("qat+cr", "student"), ("qat+cr+unlabeled", "student"))
             ]
             where = ", ".join(f"{axis} {values(axis, [point], found)}" for axis in found["axes"])
-            rows.append([name, where, str(spread(list(plain.values()))), with_interval(gain(floats)), *gains])
+            loss = f"{np.mean(list(methods['qat']['task_loss'].values())):.3f}"
+            rows.append([name, where, loss, str(spread(list(plain.values()))), with_interval(gain(floats)), *gains])
     return grid(head, rows)
 
 

@@ -116,6 +116,8 @@ def _method(grid: Grid, point: Point, name: str) -> dict[str, Any]:
         "teacher_accuracy": {str(seed): run["teacher_accuracy"] for seed, run in runs}
         if METHODS[name].average
         else None,
+        # Of the last epoch, on augmented images: near zero, the labeled images are learned by heart.
+        "task_loss": {str(seed): run["history"][-1]["task"] for seed, run in runs},
         "gain_over_qat": _gains(grid, point, name, "qat"),
         "gain_over_control": _gains(grid, point, name, CONTROL),
     }

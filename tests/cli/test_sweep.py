@@ -103,6 +103,7 @@ def test_a_point_is_the_comparison_with_its_settings_bit_for_bit(crcore, out, tm
         for file in there.glob("*.safetensors"):
             assert (here / file.name).read_bytes() == file.read_bytes(), file
         assert method["accuracy"][str(run["seed"])] == run["accuracy"]
+        assert method["task_loss"][str(run["seed"])] == run["history"][-1]["task"]
         if run["teacher_accuracy"] is not None:
             assert method["teacher_accuracy"][str(run["seed"])] == run["teacher_accuracy"]
         mine = json.loads((here / "run.json").read_text())
