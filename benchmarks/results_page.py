@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 from evidence import RESULTS, ROOT, RUNS
@@ -208,7 +209,7 @@ def overview(names: str) -> str:
                 for method, role in (("qat+ema", "teacher"), ("qat+cr", "student"), ("qat+cr+unlabeled", "student"))
             ]
             where = ", ".join(f"{axis} {values(axis, [point], found)}" for axis in found["axes"])
-            loss = f"{np.mean(list(methods['qat']['task_loss'].values())):.3f}"
+            loss = f"{mean(methods['qat']['task_loss'].values()):.3f}"
             rows.append([name, where, loss, str(spread(list(plain.values()))), with_interval(gain(floats)), *gains])
     return grid(head, rows)
 
