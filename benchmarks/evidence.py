@@ -121,6 +121,8 @@ RUNS = {
     "views": Run(
         f"crcore sweep {SCARCE} --vary student-view=weak,strong --vary consistency-weight=1,5 --methods {CONTROLLED}"
     ),
+    # 200 labels, 60 passes: what the command does without options, and strong views in its place.
+    "views-200": Run("crcore sweep --vary student-view=weak,strong --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"),
     "decay": Run(f"crcore sweep {SCARCE} --vary ema-decay=0.9,0.98,0.995,0.999 --methods {CONTROLLED}"),
     "teacher-batchnorm": Run(f"crcore sweep {SCARCE} --vary teacher-batchnorm=average,copy --methods {CONTROLLED}"),
     "oscillation": Run(
