@@ -29,7 +29,7 @@ from crcore.cli._help import (
     TRAIN_EXAMPLES,
 )
 from crcore.cli._methods import METHODS, parse_methods
-from crcore.cli._settings import BACKENDS, BATCHNORM, QUANTIZERS, RAMP_SHAPES, VIEWS, Settings
+from crcore.cli._settings import BACKENDS, BATCHNORM, QUANTIZERS, RAMP_SHAPES, STRONG_FROM, VIEWS, Settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -171,14 +171,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="flip views horizontally at random; default: yes, but not for digits",
     )
-    for name, default in (("student", "weak"), ("teacher", "weak")):
-        group.add_argument(
-            f"--{name}-view",
-            choices=VIEWS,
-            default=default,
-            help=f"augmentation of what the {name} sees. weak: random crop and flip; strong: also colour jitter and "
-            "erasing; none: the image itself",
-        )
+    group.add_argument(
+        "--student-view",
+        choices=VIEWS,
+        help="augmentation of what the student sees. weak: random crop and flip; strong: also colour jitter and "
+        f"erasing; none: the image itself. Default: strong from {STRONG_FROM} epochs on, which is where it paid "
+        "(docs/results.md), weak below",
+    )
+    group.add_argument("--teacher-view", choices=VIEWS, default="weak", help="of what the teacher sees")
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:

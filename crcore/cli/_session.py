@@ -19,7 +19,7 @@ from crcore.cli._files import write_text
 from crcore.cli._methods import METHODS, Method
 from crcore.cli._network_info import NetworkInfo, network_recipe
 from crcore.cli._recipes import build_recipe, quantization_of
-from crcore.cli._settings import NEWER, Settings, check_same_settings
+from crcore.cli._settings import NEWER, STRONG_FROM, Settings, check_same_settings
 
 BEFORE_BACKENDS = {"backend": "torch", "engine": "torch"}  # what settings.json left out then
 DIGITS_LABELS = 200  # of 1,198 training images: few enough that methods differ
@@ -44,7 +44,7 @@ class Session:
             labels=s.labels,
             unlabeled=s.unlabeled,
             batch_size=s.batch_size,
-            student_view=s.student_view,
+            student_view=str(s.student_view),
             teacher_view=s.teacher_view,
             flip=bool(s.flip),
             device=self.backend.device,
@@ -160,6 +160,7 @@ def _decide(settings: Settings, data: ImageData, backend: Backend) -> Settings:
         # Keras does not say where its engine computes.
         device="auto" if backend.name == "keras" else backend.device.type,
         evaluate_every=settings.evaluate_every or max(settings.epochs // 20, 1),
+        student_view=settings.student_view or ("strong" if settings.epochs >= STRONG_FROM else "weak"),
     )
 
 

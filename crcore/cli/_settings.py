@@ -10,13 +10,14 @@ from crcore.cli._errors import CommandError
 QUANTIZERS = ("lsq", "lsq+", "pact", "dorefa", "minmax")
 BATCHNORM = ("average", "copy")
 VIEWS = ("weak", "strong", "none")
+STRONG_FROM = 100  # epochs: from here on images are known by heart, and strong views of them gain (docs/results.md)
 BACKENDS = ("torch", "keras")
 RAMP_SHAPES = ("sigmoid", "linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a comparison. `None` is "decide from the data or the number of steps", as the help says."""
+    """The settings of a comparison. `None` is "decide from the data or the number of epochs", as the help says."""
 
     data: str
     image_size: int | None
@@ -35,7 +36,7 @@ class Settings:
     lr: float
     float_lr: float
     weight_decay: float
-    student_view: str
+    student_view: str | None
     teacher_view: str
     consistency_weight: float
     temperature: float

@@ -19,7 +19,7 @@ from crcore.cli._methods import METHODS, Method
 from crcore.cli._progress import Progress
 from crcore.cli._runs import FLOAT, Place, SeedRuns
 from crcore.cli._session import Session, check_folder, check_network, decided_session
-from crcore.cli._settings import NEWER, Settings
+from crcore.cli._settings import NEWER, STRONG_FROM, Settings
 from crcore.cli._sweep_plot import draw_sweep
 from crcore.cli._sweep_report import Grid, Point, markdown, results, shown
 from crcore.cli._verdict import command_line
@@ -85,6 +85,11 @@ def _open_sessions(settings: Sequence[Settings], out: Path) -> list[Session]:
         if new:
             check_network(session, new)
         checked |= folders.keys()
+    if any(point.student_view is None for point in settings) and len({s.settings.student_view for s in sessions}) > 1:
+        raise CommandError(
+            f"--vary epochs: without --student-view, points of {STRONG_FROM} epochs and more would see strong views, "
+            "the others weak ones; give --student-view, so that epochs alone are compared"
+        )
     return sessions
 
 

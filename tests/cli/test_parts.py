@@ -10,6 +10,7 @@ from torch import nn
 import crcore as cr
 from crcore.cli import _models
 from crcore.cli._arguments import build_parser, settings_from
+from crcore.cli._backends import open_backend
 from crcore.cli._checkpoints import load_progress, save_progress
 from crcore.cli._data import load_data
 from crcore.cli._errors import CommandError
@@ -17,6 +18,7 @@ from crcore.cli._files import put_in_place
 from crcore.cli._methods import METHODS
 from crcore.cli._recipes import build_recipe
 from crcore.cli._report import gain, rows, spread
+from crcore.cli._session import decided_session
 from crcore.cli._views import View
 
 
@@ -177,3 +179,18 @@ def test_lambda_rises_in_its_shape_over_its_part_of_the_steps(shape: str, expect
     consistency = build_recipe(settings, METHODS["qat+cr"], steps=100).consistency
     assert consistency is not None
     assert consistency == cr.Consistency(cr.kl_divergence, weight=expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "view"),
+    [
+        (["--epochs", "99", "--float-epochs", "1000"], "weak"),
+        (["--epochs", "100"], "strong"),
+        (["--epochs", "100", "--student-view", "none"], "none"),
+    ],
+)
+def test_the_student_s_views_are_strong_in_long_runs(tmp_path: Path, options: list[str], view: str) -> None:
+    settings = settings_from(build_parser("").parse_args(["compare", *options]))
+    session = decided_session(settings, load_data("digits"), open_backend("torch", device="cpu"), out=tmp_path)
+    assert session.settings.student_view == view
+    assert session.batches(0).student_view.strong == (view == "strong")

@@ -419,6 +419,7 @@ def refused(outcome: Any, *words: str) -> None:
         (["--vary", "labels=100,all", "--methods", "qat+cr+unlabeled"], ["unlabeled", "--labels N"]),
         (["--vary", "model=resnet8,resnet9000"], ["'resnet9000'"]),
         (["--vary", "ramp=0.1,0.2", "--seeds", "0"], ["--seeds"]),
+        (["--vary", "epochs=99,100"], ["--vary epochs", "--student-view"]),
     ],
 )
 def test_every_point_is_checked_before_the_first_step(crcore, tmp_path, options, words) -> None:
