@@ -63,8 +63,8 @@ RUNS = {
         f"crcore sweep {CIFAR} --labels 1000 --float-epochs 100 --evaluate-every 75 --consistency-weight 2 "
         "--vary epochs=300 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
-    # The command's own defaults: lambda 1, weak views.
-    "labels-1000-defaults": Run(
+    # Weak views and the default lambda, 1.
+    "labels-1000-weak": Run(
         f"crcore sweep {FEW} --student-view weak --vary bits=4 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     # Begun first, and left after one seed for a smaller lambda.
@@ -78,7 +78,7 @@ RUNS = {
         "--vary bits=4 --methods fp32,qat,qat+ema,qat+cr"
     ),
     "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 3 --consistency-weight 2 --vary bits=4,2"),
-    "labels-50000-defaults": Run(
+    "labels-50000-weak": Run(
         f"crcore sweep {CIFAR} --student-view weak --epochs 3 --vary bits=4 --methods fp32,qat,qat+ema,qat+cr"
     ),
     "digits-30": Run(

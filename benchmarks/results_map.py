@@ -26,13 +26,13 @@ SWEEPS = (
     "confirmed-250",
     "labels-1000",
     "confirmed-1000",
-    "labels-1000-defaults",
+    "labels-1000-weak",
     "steps",
     "capacity",
     "labels-4000",
     "labels-4000-weak",
     "labels-50000",
-    "labels-50000-defaults",
+    "labels-50000-weak",
 )
 METHODS = {"qat+cr": "Consistency on labeled images", "qat+cr+unlabeled": "Consistency with unlabeled images"}
 
