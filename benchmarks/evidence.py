@@ -28,10 +28,10 @@ from shared import progress
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-CIFAR = "--data {data} --image-size 16 --student-view strong"
+CIFAR = "--data {data} --image-size 16 --student-view"  # and which
 # 1,500 optimizer steps; a pass over 250 labeled images, in batches of 64, is 3 of them, over 1,000 it is 15.
-FEWEST = f"{CIFAR} --labels 250 --epochs 500 --evaluate-every 125"
-FEW = f"{CIFAR} --labels 1000 --epochs 100 --evaluate-every 25"
+FEWEST = f"{CIFAR} strong --labels 250 --epochs 500 --evaluate-every 125"
+FEW = f"{CIFAR} strong --labels 1000 --epochs 100 --evaluate-every 25"
 # scikit-learn's digits: with 30 labels a pass is one step.
 DIGITS = "--student-view strong"
 SCARCE = f"{DIGITS} --labels 30 --epochs 1000 --evaluate-every 200 --consistency-weight 5"
@@ -60,27 +60,26 @@ RUNS = {
     "labels-1000": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 2"),
     # Three times the steps; those of labels-1000 are 1,500.
     "steps": Run(
-        f"crcore sweep {CIFAR} --labels 1000 --float-epochs 100 --evaluate-every 75 --consistency-weight 2 "
+        f"crcore sweep {CIFAR} strong --labels 1000 --float-epochs 100 --evaluate-every 75 --consistency-weight 2 "
         "--vary epochs=300 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     # Weak views and the default lambda, 1.
     "labels-1000-weak": Run(
-        f"crcore sweep {FEW} --student-view weak --vary bits=4 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
+        f"crcore sweep {CIFAR} weak --labels 1000 --epochs 100 --evaluate-every 25 --vary bits=4 "
+        "--methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     # Begun first, and left after one seed for a smaller lambda.
     "labels-1000-lambda-5": Run(f"crcore sweep {FEW} --vary bits=4,2 --consistency-weight 5 --seeds 1"),
     "labels-4000": Run(
-        f"crcore sweep {CIFAR} --labels 4000 --epochs 24 --evaluate-every 6 --consistency-weight 2 --vary bits=4,2"
+        f"crcore sweep {CIFAR} strong --labels 4000 --epochs 24 --evaluate-every 6 --consistency-weight 2 "
+        "--vary bits=4,2"
     ),
-    # The last --student-view counts: the same without colour jitter and erasing.
     "labels-4000-weak": Run(
-        f"crcore sweep {CIFAR} --student-view weak --labels 4000 --epochs 24 --evaluate-every 6 --consistency-weight 2 "
+        f"crcore sweep {CIFAR} weak --labels 4000 --epochs 24 --evaluate-every 6 --consistency-weight 2 "
         "--vary bits=4 --methods fp32,qat,qat+ema,qat+cr"
     ),
-    "labels-50000": Run(f"crcore sweep {CIFAR} --epochs 3 --consistency-weight 2 --vary bits=4,2"),
-    "labels-50000-weak": Run(
-        f"crcore sweep {CIFAR} --student-view weak --epochs 3 --vary bits=4 --methods fp32,qat,qat+ema,qat+cr"
-    ),
+    "labels-50000": Run(f"crcore sweep {CIFAR} strong --epochs 3 --consistency-weight 2 --vary bits=4,2"),
+    "labels-50000-weak": Run(f"crcore sweep {CIFAR} weak --epochs 3 --vary bits=4 --methods fp32,qat,qat+ema,qat+cr"),
     "digits-30": Run(
         f"crcore sweep {DIGITS} --labels 30 --float-epochs 1000 --consistency-weight 5 --evaluate-every 200 "
         "--vary epochs=200,1000 --vary bits=4,2 --seeds 5 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
@@ -115,11 +114,12 @@ RUNS = {
         "--consistency-weight 2 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     "resnet18-16": Run(
-        f"crcore sweep {CIFAR} --model resnet18 --labels 1000 --epochs 30 --evaluate-every 10 --consistency-weight 2 "
-        "--vary bits=4 --seeds 2 --methods fp32,qat,qat+cr"
+        f"crcore sweep {CIFAR} strong --model resnet18 --labels 1000 --epochs 30 --evaluate-every 10 "
+        "--consistency-weight 2 --vary bits=4 --seeds 2 --methods fp32,qat,qat+cr"
     ),
     "views": Run(
-        f"crcore sweep {SCARCE} --vary student-view=weak,strong --vary consistency-weight=1,5 --methods {CONTROLLED}"
+        "crcore sweep --labels 30 --epochs 1000 --evaluate-every 200 --vary student-view=weak,strong "
+        f"--vary consistency-weight=1,5 --methods {CONTROLLED}"
     ),
     # 200 labels, 60 passes: what the command does without options, and strong views in its place.
     "views-200": Run("crcore sweep --vary student-view=weak,strong --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"),
