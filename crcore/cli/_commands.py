@@ -30,7 +30,7 @@ def compare(settings: Settings, *, out: Path, resume: bool) -> None:
     settings_, data = session.settings.to_dict(), session.data.to_dict()
     write_text(out / "table.md", markdown(records, settings_, data))
     draw_curves(out / "curves.png", records, title(settings_, data))
-    _print_table(console, records, title(settings_, data), notes(settings_, data))
+    _print_table(console, records, title(settings_, data), notes(records, settings_, data))
     _print_time(console, records)
     console.print(f"wrote {out / 'results.json'}, table.md, curves.png and the checkpoints", highlight=False)
 

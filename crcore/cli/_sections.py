@@ -70,7 +70,7 @@ def table(results: Results) -> Section:
         "Accuracy and gain over plain QAT",
         "Dots are means of the differences to qat seed by seed, bars their 95 % confidence intervals; hollow dots are "
         "averages of the weights. A bar that crosses the line at zero shows no difference.",
-        notes=notes(results.settings, results.data),
+        notes=notes(results.records, results.settings, results.data),
         figures=[drawn(panel)] if panel else [],
         tables=[Table("Results by method", HEADER, [cells(line) for line in lines])],
     )

@@ -64,6 +64,8 @@ def test_the_table_shows_means_gains_and_what_differs(finished: Path) -> None:
         line = next(line for line in table.splitlines() if line.startswith(f"| {method} |"))
         assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}" in line
         assert runs[[run["method"] for run in runs].index(method)]["differs"] in line
+        losses = [run["history"][-1]["task"] for run in runs if run["method"] == method]
+        assert f" {method} {statistics.fmean(losses):.3f}" in table
     assert "95 % t confidence interval" in table
     assert "| 36 + 36 |" in table
 
