@@ -110,7 +110,7 @@ RUNS = {
     ),
     # resnet8 itself is in labels-1000.
     "capacity": Run(
-        f"crcore sweep {FEW} --vary model=evidence_networks:resnet8half,evidence_networks:resnet8x2 "
+        f"crcore sweep {FEW} --vary model=evidence_networks:resnet8x2 "
         "--consistency-weight 2 --methods fp32,qat,qat+ema,qat+cr,qat+cr+unlabeled"
     ),
     "resnet18-16": Run(
