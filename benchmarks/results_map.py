@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from evidence import RESULTS
 from matplotlib.axes import Axes
+from matplotlib.ticker import StrMethodFormatter
 
 from crcore.cli._figures.style import COLOURS, Panel, write_png
 
@@ -42,7 +43,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     points = [point for name in SWEEPS for point in points_of(RESULTS / name / "sweep.json")]
     panels = [Panel(title, drawing(points, method)) for method, title in METHODS.items()]
-    write_png(RESULTS / "map.png", panels, "ResNet-8 and its kin, each point a setting, 95 % intervals over seeds")
+    write_png(RESULTS / "map.png", panels, "each point a setting, with its 95 % interval over seeds; ResNet-8")
 
 
 def points_of(file: Path) -> list[dict[str, Any]]:
@@ -92,6 +93,7 @@ def drawing(points: list[dict[str, Any]], method: str) -> Any:
         axes.set(
             xscale="log", ylim=(-6, 10), xlabel="training loss of plain QAT, last epoch", ylabel="gain over qat, points"
         )
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid()
 
     return draw
