@@ -341,7 +341,7 @@ def test_a_finished_sweep_trains_nothing_and_values_axes_methods_and_seeds_may_b
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--vary", "consistency-weight=0.5", "--vary", "ramp=0.1,0.5"], ["--consistency-weight 0.0", "missing"]),
+        (["--vary", "consistency-weight=0.5", "--vary", "ramp=0.1,0.5"], ["--consistency-weight 0, which", "missing"]),
         (["--vary", "consistency-weight=0,0.5"], ["--ramp 0.1, 0.5, which", "missing"]),
         ([*VARY, "--lr", "0.5"], ["--lr 0.02"]),
         ([*VARY, "--seeds", "1"], ["--seeds 1"]),
