@@ -24,7 +24,6 @@ def flatness_panels(measured: Sequence[Measured]) -> list[Panel]:
     Args:
         measured: contents of ``-flatness.json`` files, ``kind`` "flatness".
     """
-
     styled = _styled(measured)
 
     def eigenvalues(axes: Axes) -> None:
@@ -117,11 +116,13 @@ def _styled(measured: Sequence[Measured]) -> list[tuple[Measured, dict[str, Any]
     for file in measured:
         # The same seed again is that of another run, whose folder may have the same name.
         run = re.sub(r"\bseed\d+\b", "seed", file["checkpoint"])
-        line, networks[file["checkpoint"]] = (run, networks[file["checkpoint"]]), networks[file["checkpoint"]] + 1
+        line = run, networks[file["checkpoint"]]
+        networks[file["checkpoint"]] += 1
         if line not in lines:
             method, average = name_of(file), file["role"] == "teacher"
             name = label(method, average=average)
-            number, runs[name] = runs[name], runs[name] + 1
+            number = runs[name]
+            runs[name] += 1
             lines[line] = {
                 "color": colour(method),
                 "linestyle": "--" if average else "-",
