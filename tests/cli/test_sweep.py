@@ -70,6 +70,7 @@ def test_runs_that_points_have_in_common_are_trained_once(crcore, tmp_path) -> N
         ["--vary", "labels=30,60", "--weight-bits", "3", "--epochs", "7", "--float-epochs", "9"],
         ["--vary", "epochs=1,2", "--model", "resnet20", "--dampening", "0.5"],
         ["--vary", "flip=yes,no", "--methods", "qat,qat+cr"],
+        ["--vary", "bits=2"],
         ["--vary", "labels=50,all", "--vary", "unlabeled=50,all"],
         ["--vary", "ema-decay=0.9999999,0.99", "--vary", "lr=0.0123456,0.01234561", "--labels", "all"],
         ["--vary", "backend=torch,keras", "--data", "my images"],
@@ -84,6 +85,7 @@ def test_the_table_names_the_command_that_gives_it(options) -> None:
     line = shlex.split(sweep_line(axes, settings, engine="jax"))
     assert line[:2] == ["KERAS_BACKEND=jax", "crcore"]
     assert points_of(line[2:]) == (axes, settings)
+    assert not {f"--{name.replace('_', '-')}" for axis in axes for name in axis.settings} & {*line}
 
 
 @pytest.mark.parametrize("point", [{"consistency-weight": 0.5, "ramp": 0.5}, {"consistency-weight": 0.0, "ramp": 0.1}])
